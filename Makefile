@@ -1,0 +1,35 @@
+# Everything runs in .venv, made with the newest Python from 3.11 to 3.13 that works. `make PYTHON=... demo` overrides.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do \
+	for p in python$$v $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v*/bin/python$$v 2>/dev/null) python3; do \
+		"$$p" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$$v')" >/dev/null 2>&1 \
+			&& { echo "$$p"; exit; }; \
+	done; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint bench clean
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/iontwin fit experiments/configs/demo.toml --out runs/demo --replace
+	$(BIN)/iontwin optimize experiments/configs/demo.toml --from runs/demo --out runs/demo-pulses --replace
+
+test: $(READY)
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --durations=20
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
