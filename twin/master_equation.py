@@ -1,0 +1,144 @@
+"""The right-hand side of the Schrödinger and Lindblad equations in real components, unrolled over the level graph.
+
+A Hermitian matrix of n levels has n^2 real components: the n populations, then real and imaginary part of rho_ab for
+each a < b in lexicographic order. A pure state has 2n: real parts, then imaginary parts. The component axis is the
+first, batch axes follow; every operation is elementwise in the batch, so lanes cannot influence each other.
+Unrolling keeps only the couplings and jumps that exist (a three-level step is some fifty multiplications).
+"""
+
+from itertools import combinations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from twin.levels import LevelSystem
+from twin.pulses import Drive
+
+# A complex number as (real, imaginary); None stands for an exact zero, so that no work is spent on it.
+_Part = Float[Array, "..."] | None
+_Pair = tuple[_Part, _Part]
+
+
+def _add(a: _Part, b: _Part, sign: float = 1.0) -> _Part:
+    if b is None:
+        return a
+    if a is None:
+        return b if sign > 0 else -b
+    return a + b if sign > 0 else a - b
+
+
+def _mul(a: _Part, b: _Part) -> _Part:
+    return None if a is None or b is None else a * b
+
+
+def _product(a: _Pair, b: _Pair) -> _Pair:
+    return _add(_mul(a[0], b[0]), _mul(a[1], b[1]), -1.0), _add(_mul(a[0], b[1]), _mul(a[1], b[0]))
+
+
+def _hamiltonian(system: LevelSystem, drives: list[Drive]) -> dict[tuple[int, int], _Pair]:
+    """Off-diagonal elements that exist, `H[to, from] = Omega exp(-i phi) / 2` and its conjugate."""
+    elements: dict[tuple[int, int], _Pair] = {}
+    for (source, target), drive in zip(system.couplings, drives, strict=True):
+        a, b = system.index(target), system.index(source)
+        real, imag = 0.5 * drive.real, None if drive.imag is None else 0.5 * drive.imag
+        old = elements.get((a, b), (None, None))
+        new = (_add(old[0], real), _add(old[1], imag))
+        elements[a, b] = new
+        elements[b, a] = (new[0], None if new[1] is None else -new[1])
+    return elements
+
+
+def _dense(parts: list[_Part], like: Float[Array, "..."]) -> Float[Array, "components ..."]:
+    zero = jnp.zeros_like(like)
+    return jnp.stack([zero if part is None else zero + part for part in parts])
+
+
+def lindblad_rhs(
+    system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."]
+) -> Float[Array, "components ..."]:
+    """d rho / dt in real components, 1/s."""
+    n = len(system.levels)
+    pairs = list(combinations(range(n), 2))
+    parts: dict[tuple[int, int], _Pair] = {(j, j): (rho[j], None) for j in range(n)}
+    for k, (a, b) in enumerate(pairs):
+        real, imag = rho[n + 2 * k], rho[n + 2 * k + 1]
+        parts[a, b], parts[b, a] = (real, imag), (real, -imag)
+    h = _hamiltonian(system, drives)
+    loss: list[_Part] = [None] * n
+    for decay in system.decays:
+        source = system.index(decay.source)
+        loss[source] = _add(loss[source], decay.rate_per_s)
+
+    def commutator(a: int, b: int) -> _Pair:
+        """(H rho - rho H)_ab without the energies."""
+        total: _Pair = (None, None)
+        for c in range(n):
+            if (a, c) in h:
+                term = _product(h[a, c], parts[c, b])
+                total = (_add(total[0], term[0]), _add(total[1], term[1]))
+            if (c, b) in h:
+                term = _product(parts[a, c], h[c, b])
+                total = (_add(total[0], term[0], -1.0), _add(total[1], term[1], -1.0))
+        return total
+
+    out: list[_Part] = []
+    for j in range(n):
+        change = commutator(j, j)[1]  # -i times an imaginary number
+        loss_j = _mul(loss[j], rho[j])
+        change = _add(change, loss_j, -1.0)
+        for decay in system.decays:
+            if system.index(decay.target) == j:
+                change = _add(change, decay.rate_per_s * rho[system.index(decay.source)])
+        out.append(change)
+    for a, b in pairs:
+        real, imag = commutator(a, b)
+        energy = system.energies_rad_s[a] - system.energies_rad_s[b]
+        real, imag = _add(real, energy * parts[a, b][0]), _add(imag, _mul(energy, parts[a, b][1]))
+        damping: _Part = None
+        for level in (a, b):
+            damping = _add(damping, None if loss[level] is None else 0.5 * loss[level])
+        for d in system.dephasings:
+            square = (d.weights[a] - d.weights[b]) ** 2
+            damping = _add(damping, square * d.rate_per_s if square else None)
+        out.append(_add(imag, _mul(damping, parts[a, b][0]), -1.0))
+        out.append(_add(None if real is None else -real, _mul(damping, parts[a, b][1]), -1.0))
+    return _dense(out, rho[0])
+
+
+def schroedinger_rhs(
+    system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."]
+) -> Float[Array, "components ..."]:
+    """d c / dt in real components, 1/s: `i dc/dt = H c`."""
+    n = len(system.levels)
+    c: list[_Pair] = [(amplitudes[j], amplitudes[n + j]) for j in range(n)]
+    h = _hamiltonian(system, drives)
+    reals: list[_Part] = []
+    imags: list[_Part] = []
+    for a in range(n):
+        real, imag = (system.energies_rad_s[a] * c[a][0], system.energies_rad_s[a] * c[a][1])
+        for b in range(n):
+            if (a, b) in h:
+                term = _product(h[a, b], c[b])
+                real, imag = _add(real, term[0]), _add(imag, term[1])
+        reals.append(imag)
+        imags.append(-real)
+    return _dense(reals + imags, amplitudes[0])
+
+
+def pack_density(rho: Complex[np.ndarray, "levels levels"] | Float[np.ndarray, "levels levels"]) -> Float[Array, "components"]:
+    """Real components of a density matrix; it must be Hermitian."""
+    rho = np.asarray(rho, dtype=complex)
+    if not np.allclose(rho, rho.conj().T, atol=1e-12):
+        raise ValueError("the density matrix must be Hermitian, but differs from its adjoint by more than 1e-12.")
+    off = [part for a, b in combinations(range(len(rho)), 2) for part in (rho[a, b].real, rho[a, b].imag)]
+    return jnp.asarray(np.concatenate([np.diag(rho).real, off]))
+
+
+def unpack_density(components: Float[Array, "components ..."], levels: int) -> Complex[Array, "levels levels ..."]:
+    """The density matrix from its real components."""
+    rows = [[components[j] + 0j if i == j else None for j in range(levels)] for i in range(levels)]
+    for k, (a, b) in enumerate(combinations(range(levels), 2)):
+        value = components[levels + 2 * k] + 1j * components[levels + 2 * k + 1]
+        rows[a][b], rows[b][a] = value, value.conj()
+    return jnp.stack([jnp.stack(row) for row in rows])  # ty: ignore[invalid-argument-type]
