@@ -1,0 +1,246 @@
+"""The memristor contract: a device turns commanded inputs into a hysteresis loop.
+
+In cycle k the controller commands an input `x_set[k]` and a transfer `r_set[k]`, the memory's mean of earlier inputs.
+Input x is the population of s after pulse 1 alone, output y that after both pulses. The memory acts on *inputs*, so
+all x are computed at once, then all r, then all y (`run`); `stream` does the same cycle by cycle, as a controller does.
+"""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from twin.batching import real_array
+from twin.closed_form import flat_root
+from twin.memory import AbstractMemory
+from twin.readout import sample_counts
+
+SOURCES = ("measured", "model", "command")
+
+
+class Response(eqx.Module):
+    """What one kind of run (pulse 1 alone, or both pulses) does to the ion, cycle by cycle.
+
+    Attributes:
+        populations: shape (levels, *cycles), order of the device's levels.
+        coherence_vs: real and imaginary part of rho_vs, shape (2, *cycles).
+        valid: shape (*cycles); invalid cycles are NaN.
+        error_estimate: population error expected of the method, shape (*cycles).
+        method: the method that ran: "closed form", "static grid (N steps)" or "adaptive".
+    """
+
+    populations: Float[Array, "levels ..."]
+    coherence_vs: Float[Array, "2 ..."]
+    valid: Bool[Array, "..."]
+    error_estimate: Float[Array, "..."]
+    method: str = eqx.field(static=True)
+
+
+class AbstractMemristor(eqx.Module):
+    """One contract for both platforms; `run` and `stream` are written against it.
+
+    `memory` is the feedback kernel, `source` names the inputs it averages: "measured" (counts over shots, not corrected
+    for readout errors; their expectation where nothing is sampled), "model" (populations) or "command" (`x_set`).
+    """
+
+    memory: eqx.AbstractVar[AbstractMemory]
+    source: eqx.AbstractVar[str]
+
+    @abc.abstractmethod
+    def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz) -> "AbstractMemristor":
+        """The device with everything decided that must be decided from values (method, grid); traced values pass."""
+
+    @abc.abstractmethod
+    def first(self, x_set: Float[Array, "..."], detuning_1_set_hz: Float[Array, "..."]) -> Response:
+        """Pulse 1 alone, read out after it."""
+
+    @abc.abstractmethod
+    def both(
+        self,
+        x_set: Float[Array, "..."],
+        r_set: Float[Array, "..."],
+        detuning_1_set_hz: Float[Array, "..."],
+        detuning_2_set_hz: Float[Array, "..."],
+    ) -> Response:
+        """Both pulses, read out after the second."""
+
+    @abc.abstractmethod
+    def signal(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
+        """Population of s."""
+
+    @abc.abstractmethod
+    def assigned(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
+        """Probability that the readout assigns s."""
+
+
+class Loop(eqx.Module):
+    """One hysteresis loop, arrays of shape (cycles, *batch).
+
+    Attributes:
+        x_set, r: what was commanded; `r` is the recorded transfer, or the memory's.
+        x, y: population of s after pulse 1 alone, and after both pulses.
+        p_x, p_y: probability that a shot is assigned to s, in the two kinds of run.
+        n_x, n_y: sampled counts (whole floats); None without shots.
+        populations_1, populations_2: shape (levels, cycles, *batch), after pulse 1 alone, and after both.
+        coherence, purity: l1 coherence and purity of the output state in {v, s} after incoherent repump of m to v.
+            A leak level is not repumped: its population is missing from the trace.
+        valid: cycles that were solved to the requested error; the others are NaN.
+        error_estimate: population error expected of the method.
+        method: the method that was chosen.
+    """
+
+    x_set: Float[Array, "cycles ..."]
+    r: Float[Array, "cycles ..."]
+    x: Float[Array, "cycles ..."]
+    y: Float[Array, "cycles ..."]
+    p_x: Float[Array, "cycles ..."]
+    p_y: Float[Array, "cycles ..."]
+    n_x: Float[Array, "cycles ..."] | None
+    n_y: Float[Array, "cycles ..."] | None
+    populations_1: Float[Array, "levels cycles ..."]
+    populations_2: Float[Array, "levels cycles ..."]
+    coherence: Float[Array, "cycles ..."]
+    purity: Float[Array, "cycles ..."]
+    valid: Bool[Array, "cycles ..."]
+    error_estimate: Float[Array, "cycles ..."]
+    method: str = eqx.field(static=True)
+
+
+def run(
+    device: AbstractMemristor,
+    x_set,
+    r_set=None,
+    *,
+    detuning_1_set_hz=0.0,
+    detuning_2_set_hz=0.0,
+    shots=None,
+    key: PRNGKeyArray | None = None,
+) -> Loop:
+    """All cycles of a loop at once.
+
+    Main arguments:
+        device: an `IonMemristor` or `PhotonicMemristor`.
+        x_set: commanded inputs in [0, 1], shape (cycles, *batch).
+        r_set: recorded transfers in [0, 1], the same shape; None lets the device's memory supply them.
+
+    Other arguments:
+        detuning_1_set_hz, detuning_2_set_hz: known laser offsets, laser minus line, Hz; broadcast to the cycles.
+        shots: repetitions of each setting, with `key`; None for expectation values.
+        key: random key of the sampled counts.
+
+    Returns:
+        A `Loop`.
+
+    Raises:
+        ValueError: shots without a key or the reverse; an unknown memory source.
+
+    Example:
+        >>> device = IonMemristor(memory=MovingAverage(10.0), method=ClosedForm())
+        >>> loop = run(device, sine_input(periods=3, cycles_per_period=40))
+    """
+    if (shots is None) != (key is None):
+        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    if device.source not in SOURCES:
+        raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
+    x_set = real_array(x_set)
+    d1, d2 = (jnp.broadcast_to(real_array(d), x_set.shape) for d in (detuning_1_set_hz, detuning_2_set_hz))
+    r_set = None if r_set is None else jnp.broadcast_to(real_array(r_set), x_set.shape)
+    shots = None if shots is None else real_array(shots)
+    return _run(device.prepared(x_set, d1, d2), x_set, r_set, d1, d2, shots, key)
+
+
+@eqx.filter_jit
+def _run(device: AbstractMemristor, x_set, r_set, d1, d2, shots, key) -> Loop:
+    keys = (None, None) if key is None else tuple(jax.random.split(key))
+    first, p_x, n_x = _measure(device, device.first(x_set, d1), shots, keys[0])
+    if r_set is None:
+        r = device.memory.filter(_feedback(device, x_set, device.signal(first.populations), p_x, n_x, shots))
+    else:
+        r = r_set
+    second, p_y, n_y = _measure(device, device.both(x_set, r, d1, d2), shots, keys[1])
+    return _loop(device, x_set, r, first, second, (p_x, p_y), (n_x, n_y))
+
+
+def stream(device: AbstractMemristor, x_set, *, detuning_1_set_hz=0.0, detuning_2_set_hz=0.0) -> Loop:
+    """The same loop cycle by cycle: read the memory, play the cycle, update the memory.
+
+    Sequential, for controllers and for networks whose outputs feed inputs; without shot noise equal to `run`.
+    Arguments and returns as for `run`.
+    """
+    x_set = real_array(x_set)
+    d1, d2 = (jnp.broadcast_to(real_array(d), x_set.shape) for d in (detuning_1_set_hz, detuning_2_set_hz))
+
+    # The buffer's length is static, so the memory starts outside jit, where a known window is known.
+    state = device.memory.init(x_set.shape[1:])
+    return _stream(device.prepared(x_set, d1, d2), state, x_set, d1, d2)
+
+
+@eqx.filter_jit
+def _stream(device: AbstractMemristor, state, x_set, d1, d2) -> Loop:
+    def cycle(state, setting):
+        x_k, d1_k, d2_k = setting
+        r_k = device.memory.read(state)
+        first, p_x, _ = _measure(device, device.first(x_k, d1_k), None, None)
+        second, p_y, _ = _measure(device, device.both(x_k, r_k, d1_k, d2_k), None, None)
+        fed = _feedback(device, x_k, device.signal(first.populations), p_x, None, None)
+        return device.memory.update(state, fed), (r_k, first, second, p_x, p_y)
+
+    _, (r, first, second, p_x, p_y) = jax.lax.scan(cycle, state, (x_set, d1, d2))
+    first, second = (_cycles_after_components(response) for response in (first, second))
+    return _loop(device, x_set, r, first, second, (p_x, p_y), (None, None))
+
+
+def sine_input(*, periods: int, cycles_per_period: int) -> Float[Array, " cycles"]:
+    """Commanded inputs `x = sin^2(pi k / K)`, k = 0 ... periods K: a linear ramp of the area of pulse 1."""
+    k = jnp.arange(periods * cycles_per_period + 1)
+    return jnp.sin(jnp.pi * k / cycles_per_period) ** 2
+
+
+def _measure(device: AbstractMemristor, response: Response, shots, key):
+    p = device.assigned(response.populations)
+    return response, p, None if key is None else sample_counts(key, p, shots)
+
+
+def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Array, "..."]:
+    if device.source == "command":
+        return x_set
+    if device.source == "model":
+        return x
+    return p_x if n_x is None else n_x / shots
+
+
+def _cycles_after_components(response: Response) -> Response:
+    move: Callable = lambda a: jnp.moveaxis(a, 0, 1)  # noqa: E731  a scan stacks cycles in front
+    return Response(
+        move(response.populations),
+        move(response.coherence_vs),
+        response.valid,
+        response.error_estimate,
+        response.method,
+    )
+
+
+def _loop(device: AbstractMemristor, x_set, r, first: Response, second: Response, p, n) -> Loop:
+    square = jnp.sum(second.coherence_vs**2, axis=0)
+    y = device.signal(second.populations)
+    repumped = second.populations[0] + second.populations[2]
+    return Loop(
+        x_set=x_set,
+        r=r,
+        x=device.signal(first.populations),
+        y=y,
+        p_x=p[0],
+        p_y=p[1],
+        n_x=n[0],
+        n_y=n[1],
+        populations_1=first.populations,
+        populations_2=second.populations,
+        coherence=2 * flat_root(square),
+        purity=repumped**2 + y**2 + 2 * square,
+        valid=first.valid & second.valid,
+        error_estimate=jnp.maximum(first.error_estimate, second.error_estimate),
+        method=second.method,
+    )
