@@ -1,0 +1,240 @@
+"""The loop table: what a laboratory records, one row a cycle, and the rules it must keep.
+
+    loop, cycle, x_set, r_set, window_cycles, detuning_1_set_hz, detuning_2_set_hz   settings
+    shots, n_x, n_y                                                                  counts, or instead
+    x, x_err, y, y_err                                                               values with standard errors
+
+Settings other than `cycle` and `x_set` are optional; an optional setting is given in every row or in none. Any
+measurement may be missing. Nothing is dropped, rounded or clipped: a table that breaks a rule is refused with its file,
+line, column and value.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibration.formats import COLUMNS, TableError, cell, read_csv, to_csv, write_atomic
+
+__all__ = ["LoopTable", "TableError", "read_table", "write_table"]
+
+_LARGEST_DETUNING_HZ = 1e8
+_LARGEST_WINDOW = 1e6
+_LARGEST_EXCURSION = 0.5  # how far outside [0, 1] noise may carry a measured population before it is a slip of units
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoopTable:
+    """Recorded loops as columns; axis 0 of every column is the row, in file order.
+
+    Args:
+        loop: label of the independent loop a row belongs to, shape (rows,).
+        cycle: cycle number, increasing within a loop, shape (rows,).
+        x_set: commanded input in [0, 1], shape (rows,).
+        r_set: commanded transfer in [0, 1], or None when it was not recorded (the twin's memory then supplies it).
+        window_cycles: memory window of the loop, >= 1 and constant within a loop, or None.
+        detuning_1_set_hz: known offset of laser 1, laser minus line, in Hz.
+        detuning_2_set_hz: known offset of laser 2, laser minus line, in Hz.
+        shots: repetitions behind each count (0 where nothing was counted), or None for a table of values.
+        n_x: counts assigned to s after pulse 1 alone; NaN where not measured; or None.
+        n_y: counts assigned to s after both pulses; NaN where not measured; or None.
+        x: measured input population; NaN where not measured; or None. Noise may carry it slightly outside [0, 1].
+        x_err: standard error of `x`; NaN where not measured; or None.
+        y: measured output population; NaN where not measured; or None.
+        y_err: standard error of `y`; NaN where not measured; or None.
+        name: where the table came from, used in messages.
+        sha256: hash of the file (of the CSV text when the table was not read from a file).
+        lines: line of the file each row stands on, used in messages; None when the table was not read from a file.
+
+    Raises:
+        TableError: a column breaks a rule.
+    """
+
+    loop: np.ndarray
+    cycle: np.ndarray
+    x_set: np.ndarray
+    r_set: np.ndarray | None = None
+    window_cycles: np.ndarray | None = None
+    detuning_1_set_hz: np.ndarray
+    detuning_2_set_hz: np.ndarray
+    shots: np.ndarray | None = None
+    n_x: np.ndarray | None = None
+    n_y: np.ndarray | None = None
+    x: np.ndarray | None = None
+    x_err: np.ndarray | None = None
+    y: np.ndarray | None = None
+    y_err: np.ndarray | None = None
+    name: str = "loop table"
+    sha256: str = ""
+    lines: np.ndarray | None = None
+
+    def __post_init__(self):
+        for column in COLUMNS:
+            if getattr(self, column) is not None:
+                object.__setattr__(self, column, self._column(column))
+        _check(self)
+        if not self.sha256:
+            object.__setattr__(self, "sha256", hashlib.sha256(to_csv(self.columns).encode()).hexdigest())
+
+    def _column(self, column: str) -> np.ndarray:
+        """A read-only copy of one column in its type."""
+        given = np.asarray(getattr(self, column))
+        if given.ndim != 1 or given.shape != np.shape(self.loop):
+            raise TableError(f"{self.name}: column {column} has shape {given.shape}, but needs one value for each row.")
+        try:
+            with np.errstate(invalid="ignore"):
+                values = given.astype(
+                    np.str_ if column == "loop" else np.int64 if column in ("cycle", "shots") else np.float64
+                )
+        except (TypeError, ValueError):
+            raise TableError(f"{self.name}: column {column} has type {given.dtype}, but needs numbers.") from None
+        if values.dtype == np.int64 and np.any(wrong := given != values):
+            row = int(np.flatnonzero(wrong)[0])
+            raise TableError(f"{self.name}: row {row}, column {column} is {given[row]}, but must be an integer.")
+        values.flags.writeable = False
+        return values
+
+    def __len__(self) -> int:
+        return len(self.cycle)
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns that are there, by name, in the order of the file format."""
+        return {column: getattr(self, column) for column in COLUMNS if getattr(self, column) is not None}
+
+    @property
+    def kind(self) -> str:
+        """What was recorded: "counts" (shots, n_x, n_y) or "values" (x, y with standard errors)."""
+        return "values" if self.shots is None else "counts"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the loops, in the order in which they first appear."""
+        return tuple(dict.fromkeys(self.loop.tolist()))
+
+    def rows(self, label: str) -> np.ndarray:
+        """Indices of the rows of one loop, in the order of its cycles, shape (cycles,)."""
+        return np.flatnonzero(self.loop == label)
+
+
+def read_table(path: str | os.PathLike[str]) -> LoopTable:
+    """Read and validate a loop table.
+
+    Args:
+        path: CSV file in UTF-8 (a byte-order mark is accepted).
+
+    Returns:
+        The table, its rows in file order.
+
+    Raises:
+        TableError: the file cannot be read, is not such a CSV, or breaks a rule of the table.
+    """
+    columns, lines, sha256 = read_csv(path)
+    columns.setdefault("loop", np.full(len(lines), "A"))
+    for column in ("detuning_1_set_hz", "detuning_2_set_hz"):
+        columns.setdefault(column, np.zeros(len(lines)))
+    return LoopTable(**columns, name=os.fspath(path), sha256=sha256, lines=lines)
+
+
+def write_table(table: LoopTable, path: str | os.PathLike[str]) -> None:
+    """Write a loop table as CSV, atomically and with every digit: reading it back gives the same table.
+
+    Args:
+        table: what to write.
+        path: file to create or replace.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_atomic(path, to_csv(table.columns).encode())
+
+
+def _check(table: LoopTable) -> None:
+    """The rules that values must keep, wherever the table came from."""
+    if len(table) == 0:
+        raise TableError(f"{table.name}: the table has no rows, but one row a cycle is needed.")
+    labels = table.loop.tolist()
+    bad = np.array([not label.isprintable() or label != label.strip() or label[:1] in ("", "#") for label in labels])
+    _refuse(table, bad, "loop", "a label is printable text that does not begin with '#'")
+    for column in ("x_set", "r_set"):
+        if (values := getattr(table, column)) is not None:
+            rule = "a set point lies in [0, 1]; give the commanded fraction"
+            _refuse(table, ~((values >= 0) & (values <= 1)), column, rule)
+    if table.window_cycles is not None:
+        outside = ~((table.window_cycles >= 1) & (table.window_cycles <= _LARGEST_WINDOW))
+        _refuse(table, outside, "window_cycles", f"a window lies in [1, {_LARGEST_WINDOW:g}]; give it in cycles")
+    for column in ("detuning_1_set_hz", "detuning_2_set_hz"):
+        outside = ~(np.abs(getattr(table, column)) <= _LARGEST_DETUNING_HZ)
+        _refuse(table, outside, column, f"it lies within ±{_LARGEST_DETUNING_HZ:g} Hz; give laser minus line in Hz")
+    _check_loops(table)
+    measured = _check_counts(table) if table.kind == "counts" else _check_values(table)
+    if not measured.any():
+        raise TableError(f"{table.name}: no row holds a measurement; fill n_x or n_y, or x or y, in at least one row.")
+
+
+def _refuse(table: LoopTable, bad: np.ndarray, column: str, rule: str) -> None:
+    """Refuse the table for the first row where `bad` holds, if there is one."""
+    if not np.any(bad):
+        return
+    row = int(np.flatnonzero(bad)[0])
+    place = f"row {row}" if table.lines is None else f"line {table.lines[row]}"
+    value = getattr(table, column)[row]
+    text = repr(str(value)) if column == "loop" else cell(column, value)
+    raise TableError(f"{table.name}: {place}, column {column} is {text or 'empty'}, but {rule}.")
+
+
+def _check_loops(table: LoopTable) -> None:
+    step = np.full(len(table), 1)
+    changes = np.zeros(len(table), bool)
+    for label in table.labels:
+        rows = table.rows(label)
+        step[rows[1:]] = np.diff(table.cycle[rows])
+        if table.window_cycles is not None:
+            changes[rows] = table.window_cycles[rows] != table.window_cycles[rows[0]]
+    rule = "the cycles of a loop must increase, each number once; sort the rows or label a new loop"
+    _refuse(table, step <= 0, "cycle", rule)
+    if table.r_set is None:
+        rule = "cycles are missing before it and without r_set the memory needs them all; add them or give r_set"
+        _refuse(table, step > 1, "cycle", rule)
+    _refuse(table, changes, "window_cycles", "the loop began with another; keep it constant or label a new loop")
+
+
+def _check_counts(table: LoopTable) -> np.ndarray:
+    """Which rows hold a measurement, after the rules of counts."""
+    if table.shots is None or table.x is not None or table.y is not None or (table.n_x is None and table.n_y is None):
+        raise TableError(f"{table.name}: a table with shots needs n_x or n_y, and no x or y; keep one kind of data.")
+    _refuse(table, table.shots < 0, "shots", "a number of shots cannot be negative; give the repetitions")
+    measured = np.zeros(len(table), bool)
+    for column in ("n_x", "n_y"):
+        if (counts := getattr(table, column)) is None:
+            continue
+        given = ~np.isnan(counts)
+        measured |= given
+        rule = "counts are non-negative integers; give what was recorded, or leave the cell empty"
+        _refuse(table, given & ((counts != np.floor(counts)) | (counts < 0)), column, rule)
+        rule = f"{column} is given; give the number of shots behind it, at least 1"
+        _refuse(table, given & (table.shots == 0), "shots", rule)
+        _refuse(table, given & (counts > table.shots), column, "counts cannot exceed the shots of the row; check both")
+    return measured
+
+
+def _check_values(table: LoopTable) -> np.ndarray:
+    """Which rows hold a measurement, after the rules of values with standard errors."""
+    if table.n_x is not None or table.n_y is not None:
+        raise TableError(f"{table.name}: n_x and n_y need the column shots; add it.")
+    measured = np.zeros(len(table), bool)
+    for column, error in (("x", "x_err"), ("y", "y_err")):
+        values, errors = getattr(table, column), getattr(table, error)
+        if (values is None) != (errors is None):
+            raise TableError(f"{table.name}: {column} and {error} belong together; give both or none.")
+        if values is None:
+            continue
+        given = ~np.isnan(values)
+        measured |= given
+        rule = "a population lies in [0, 1] up to noise; give it as a fraction"
+        _refuse(table, given & ~(np.abs(values - 0.5) <= 0.5 + _LARGEST_EXCURSION), column, rule)
+        _refuse(table, ~given & ~np.isnan(errors), column, f"{error} is given; give the value too, or leave both empty")
+        rule = f"{column} is given; give its standard error, a positive number"
+        _refuse(table, given & ~((errors > 0) & (errors < np.inf)), error, rule)
+    return measured

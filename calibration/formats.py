@@ -1,0 +1,228 @@
+"""File formats of the loop table: bytes to columns and back. The rules of the values are in `calibration.data`.
+
+CSV in UTF-8: a header row, one row a cycle, fields separated by commas, a point as decimal mark; lines that begin with
+``#`` are comments, blank lines separate. Nothing is dropped silently: whatever is not such a file is refused with its
+line, column and text.
+"""
+
+import csv
+import difflib
+import hashlib
+import io
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SETTINGS = ("loop", "cycle", "x_set", "r_set", "window_cycles", "detuning_1_set_hz", "detuning_2_set_hz")
+COUNTS = ("shots", "n_x", "n_y")
+VALUES = ("x", "x_err", "y", "y_err")
+COLUMNS = SETTINGS + COUNTS + VALUES
+
+_REQUIRED = ("cycle", "x_set")
+_INTEGERS = ("cycle", "shots", "n_x", "n_y")
+_PARTNERS = {"n_x": "shots", "n_y": "shots", "x": "x_err", "y": "y_err", "x_err": "x", "y_err": "y"}
+_LARGEST_INTEGER = 2**53  # beyond this a float no longer holds every integer
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip or spreadsheet (.xlsx, .ods) file",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls) file",
+    b"\x89HDF": "an HDF5 or NetCDF-4 file",
+    b"CDF": "a NetCDF file",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "a gzip-compressed file",
+}
+_OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+
+
+class TableError(ValueError):
+    """A loop table breaks a rule; the message is one sentence with file, line, column, value and remedy."""
+
+
+def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
+    """Columns of a loop table in CSV.
+
+    Args:
+        path: CSV file in UTF-8 (a byte-order mark is accepted).
+
+    Returns:
+        The columns by name, shape (rows,) each: labels as text, ``cycle`` and ``shots`` as integers (empty shots are
+        0), all others as floats (NaN where a measurement is empty); a setting that is empty in every row is left out.
+        The line of the file each row stands on, shape (rows,). The SHA-256 of the file.
+
+    Raises:
+        TableError: the file cannot be read or is no such CSV.
+    """
+    name = os.fspath(path)
+    data = _read_bytes(Path(path), name)
+    text = re.split(r"\r\n|\n|\r", _decode(data, name))
+    records = [(k, _split(line, k, name)) for k, line in enumerate(text, 1) if line.strip() and line.lstrip()[0] != "#"]
+    if not records:
+        raise TableError(f"{name}: the file holds only comments, but a header row and one row a cycle are needed.")
+    header = _check_header(records[0][1], f"{name}: line {records[0][0]} (header)")
+    if len(records) == 1:
+        raise TableError(f"{name}: line {records[0][0]} is a header without rows, but one row a cycle is needed.")
+    for line, fields in records[1:]:
+        if len(fields) != len(header):
+            raise TableError(
+                f"{name}: line {line} has {len(fields)} fields where the header has {len(header)}; write one field for "
+                "each column (empty if not measured), with a point as decimal mark."
+            )
+    lines = np.array([line for line, _ in records[1:]])
+    columns = {}
+    for column, *texts in zip(header, *(fields for _, fields in records[1:]), strict=True):
+        if (values := _parse(column, texts, lines, name)) is not None:
+            columns[column] = values
+    return columns, lines, hashlib.sha256(data).hexdigest()
+
+
+def to_csv(columns: Mapping[str, np.ndarray]) -> str:
+    """CSV text of the columns of a loop table; numbers keep every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(
+        zip(*([cell(column, value) for value in values] for column, values in columns.items()), strict=True)
+    )
+    return text.getvalue()
+
+
+def cell(column: str, value: Any) -> str:
+    """Text of one entry of a column: the shortest that reads back as the same number, empty for NaN."""
+    if column == "loop":
+        return str(value)
+    number = float(value)
+    if math.isnan(number):
+        return ""
+    return str(int(number)) if column in _INTEGERS and number.is_integer() else repr(number)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a killed process leaves the old file or the new one, never half of one.
+
+    Args:
+        path: file to create or replace.
+        data: its content.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise TableError(f"{name}: there is no such file; name an existing loop table (CSV).") from None
+    except IsADirectoryError:
+        raise TableError(f"{name}: this is a folder; name a loop table (a CSV file).") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise TableError(f"{name}: the file cannot be read ({reason}); check its path and permissions.") from None
+
+
+def _decode(data: bytes, name: str) -> str:
+    for mark, what in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise TableError(f"{name}: the file is encoded as {what}; save it as CSV in UTF-8.")
+    for mark, what in _OTHER_FORMATS.items():
+        if data.startswith(mark):
+            raise TableError(f"{name}: this is {what}; export the table as CSV in UTF-8.")
+    if not data.removeprefix(b"\xef\xbb\xbf").strip():
+        raise TableError(f"{name}: the file is empty, but a header row and one row a cycle are needed.")
+    if (null := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, null) + 1
+        raise TableError(
+            f"{name}: line {line} holds a null byte, so this is no text; export the table as CSV in UTF-8."
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise TableError(
+            f"{name}: line {line} holds byte 0x{byte:02x}, which is not UTF-8; save it as UTF-8."
+        ) from None
+
+
+def _split(line: str, number: int, name: str) -> list[str]:
+    try:
+        (fields,) = csv.reader([line], strict=True)
+    except csv.Error as error:
+        raise TableError(f"{name}: line {number} is not valid CSV ({error}); check its quotation marks.") from None
+    return [field.strip() for field in fields]
+
+
+def _check_header(header: list[str], where: str) -> list[str]:
+    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and mark in header[0]:
+            raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
+    for column in header:
+        if not column:
+            raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
+        if column not in COLUMNS:
+            close = difflib.get_close_matches(column.lower(), COLUMNS, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"remove it; the columns are {', '.join(COLUMNS)}."
+            raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
+        if header.count(column) > 1:
+            raise TableError(f"{where} has the column {column} {header.count(column)} times; keep one of them.")
+    for column in _REQUIRED:
+        if column not in header:
+            raise TableError(f"{where} lacks the column {column}; add it, every cycle needs {' and '.join(_REQUIRED)}.")
+    counts, values = ([column for column in kind if column in header] for kind in (COUNTS, VALUES))
+    if counts and values:
+        raise TableError(f"{where} mixes counts ({', '.join(counts)}) and values ({', '.join(values)}); keep one kind.")
+    for column, partner in _PARTNERS.items():
+        if column in header and partner not in header:
+            raise TableError(f"{where} lacks the column {partner}, which {column} needs; add it.")
+    if not {"n_x", "n_y", "x", "y"} & set(header):
+        raise TableError(f"{where} lacks the measurements; add shots with n_x or n_y, or x, x_err or y, y_err.")
+    return header
+
+
+def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> np.ndarray | None:
+    """One column from its texts; None for an optional setting that is empty in every row."""
+    empty = [not text for text in texts]
+    if column in SETTINGS and any(empty):
+        if all(empty) and column not in _REQUIRED:
+            return None
+        remedy = "give it in every row" + ("." if column in _REQUIRED else ", or in none.")
+        raise TableError(f"{name}: line {lines[empty.index(True)]}, column {column} is empty; {remedy}")
+    if column == "loop":
+        return np.array(texts)
+    missing = 0.0 if column == "shots" else np.nan
+    numbers = [
+        _number(text, column, f"{name}: line {line}, column {column} is {text[:40]!r}") if text else missing
+        for text, line in zip(texts, lines, strict=True)
+    ]
+    return np.array(numbers).astype(np.int64 if column in ("cycle", "shots") else np.float64)
+
+
+def _number(text: str, column: str, where: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+            remedy = "a setting must be given" if column in SETTINGS else "leave the cell empty if not measured"
+            raise TableError(f"{where}, which is not a finite number; {remedy}.")
+        remedy = "write a point as decimal mark" if _DECIMAL_COMMA.fullmatch(text) else "write a plain number"
+        raise TableError(f"{where}, which is not a number; {remedy}.")
+    number = float(text)
+    if column in _INTEGERS and not number.is_integer():
+        raise TableError(f"{where}, but {column} must be an integer; write the number that was recorded.")
+    if abs(number) > (_LARGEST_INTEGER if column in _INTEGERS else np.finfo(np.float64).max):
+        raise TableError(f"{where}, which is too large; check the value.")
+    return number

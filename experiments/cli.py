@@ -1,0 +1,303 @@
+"""The console script ``iontwin``: reads and checks what the user gave, then hands over to a pipeline.
+
+Every verb validates first (configuration, table, output folder) and computes second. JAX is imported only by the
+pipelines, which are imported only when there is something to compute. Exit status: 0 done, 1 it ran and failed, 2 the
+input is wrong, 130 interrupted. Text for people goes to stderr; stdout carries answers, with ``--json`` one object.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+DISTRIBUTION = "ion-memristor-twin"
+
+_TRUE = ("1", "true", "t", "yes", "y", "on")
+
+
+class Failure(Exception):
+    """The run is over and failed; the message is the reason."""
+
+
+class SchemaCommand(click.Command):
+    """A command whose help ends with the schema of the configuration tables it reads."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from experiments.config import describe
+
+        for table, purpose, keys in describe(str(self.name)):
+            with formatter.section(table):
+                formatter.write_text(purpose)
+                formatter.write_dl(keys, col_max=34)
+        super().format_epilog(ctx, formatter)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        click.echo(f"iontwin {version(DISTRIBUTION)}")
+    except PackageNotFoundError:
+        click.echo(f"iontwin, run from a source tree in which {DISTRIBUTION} is not installed")
+    ctx.exit()
+
+
+def _print_schema(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    import json
+
+    from experiments.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+    ctx.exit()
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Compiled programs are kept in JAX_COMPILATION_CACHE_DIR (default: iontwin/jax in the user's cache folder); "
+    "JAX_ENABLE_COMPILATION_CACHE=false switches this off. IONTWIN_TRACEBACK=1 shows where an error arose.",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+@click.option(
+    "--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+    help="Print the JSON Schema of the configuration.",
+)  # fmt: skip
+def cli() -> None:
+    """A digital twin of a quantum memristor made of one trapped ion: simulate it, calibrate it, design its pulses."""
+
+
+_config = click.argument("config", type=click.Path(path_type=Path))
+_out = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to create for the run."
+)
+_replace = click.option("--replace", is_flag=True, help="Let it replace an earlier run there, once it is done.")
+_seed = click.option("--seed", type=int, help="Replaces the seed of the configuration.")
+_set = click.option(
+    "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Replaces one value of the configuration (TOML)."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+
+
+@cli.command(cls=SchemaCommand)
+@_config
+@_out
+@_replace
+@_seed
+@_set
+@_json
+def simulate(config: Path, out: Path, replace: bool, seed: int | None, sets: Sequence[str], as_json: bool) -> None:
+    """Run one or more loops, with or without shots."""
+    from experiments.config import load_config
+
+    resolved = load_config(config, verb="simulate", sets=sets, seed=seed)
+    with _run_folder(out, replace, resolved.to_toml()) as folder:
+        result = _pipeline("simulate", "run", resolved, folder, resolved.seed_of("simulate"))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command(cls=SchemaCommand)
+@_config
+@click.option("--data", type=click.Path(path_type=Path), metavar="TABLE", help="Loop table, in place of data.table.")
+@_out
+@_replace
+@_seed
+@_set
+@_json
+def fit(
+    config: Path, data: Path | None, out: Path, replace: bool, seed: int | None, sets: Sequence[str], as_json: bool
+) -> None:
+    """Calibrate the twin to recorded loops; the demo is experiments/configs/demo.toml."""
+    from experiments.config import load_config, load_table
+
+    resolved = load_config(config, verb="fit", sets=sets, data=data, seed=seed)
+    table = load_table(resolved)
+    with _run_folder(out, replace, resolved.to_toml()) as folder:
+        result = _pipeline("calibrate", "run", resolved, table, folder, resolved.seed_of("fit"))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command(cls=SchemaCommand)
+@_config
+@click.option("--from", "fit_run", type=click.Path(path_type=Path), metavar="RUN", help="Fit whose device is used.")
+@_out
+@_replace
+@_seed
+@_set
+@_json
+def optimize(
+    config: Path, fit_run: Path | None, out: Path, replace: bool, seed: int | None, sets: Sequence[str], as_json: bool
+) -> None:
+    """Design pulse commands for a device, as configured or as calibrated by a fit."""
+    from experiments.config import load_config
+    from experiments.records import OutputError, Run
+
+    resolved = load_config(config, verb="optimize", sets=sets, seed=seed)
+    if fit_run is not None and "parameters" not in Run(fit_run).result:
+        raise OutputError(f"{fit_run}: this run is no fit, it has no parameters; name the folder of a fit.")
+    with _run_folder(out, replace, resolved.to_toml()) as folder:
+        result = _pipeline("optimize", "run", resolved, fit_run, folder, resolved.seed_of("optimize"))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command(cls=SchemaCommand)
+@_config
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="STORE", help="Zarr store to create or to resume."
+)
+@_seed
+@_set
+@_json
+def sweep(config: Path, out: Path, seed: int | None, sets: Sequence[str], as_json: bool) -> None:
+    """Run loops over a grid or a random set of parameters; an interrupted sweep goes on where it was."""
+    from experiments.config import load_config
+    from experiments.records import check_output
+
+    resolved = load_config(config, verb="sweep", sets=sets, seed=seed)
+    check_output(out, resumable=True)
+    result = _pipeline("sweep", "run", resolved, out, resolved.seed_of("sweep"))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_json
+def report(run: Path, as_json: bool) -> None:
+    """Write report.html of a run folder again."""
+    from experiments.records import REPORT, Run
+
+    folder = Run(run)
+    _pipeline("report", "rewrite", folder.path)
+    _finish({"status": "done", "report": folder.path / REPORT}, as_json, f"written to {folder.path / REPORT}")
+
+
+@cli.command()
+@click.argument("name")
+@_json
+def reproduce(name: str, as_json: bool) -> None:
+    """Compute published numbers again: NAME, or all of them with "all"."""
+    rows = _pipeline("reproduce", "run", name)
+    if not as_json:
+        click.echo(_aligned(rows))
+    failed = [row for row in rows if str(row["verdict"]).startswith("fail")]
+    status = f"failed: {len(failed)} of {len(rows)} numbers are outside their tolerance" if failed else "done"
+    _finish({"status": status, "rows": rows}, as_json)
+
+
+@cli.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Show devices, precision, gradients against finite differences, compile cache and versions."""
+    result = _pipeline("doctor", "run")
+    if not as_json:
+        click.echo(_aligned([{"what": key, "value": value} for key, value in result.items()], header=False))
+    _finish(result, as_json)
+
+
+def _prepare_jax() -> None:
+    """Settings that JAX reads from the environment when it is first imported."""
+    precision = os.environ.get("JAX_ENABLE_X64", "1")
+    if precision.lower() not in _TRUE:
+        raise click.UsageError(
+            f"JAX_ENABLE_X64 is {precision!r}, which switches 64-bit numbers off, but the twin needs them; unset it."
+        )
+    import platformdirs
+
+    cache = platformdirs.user_cache_path("iontwin", appauthor=False) / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _pipeline(module: str, function: str, *arguments: Any) -> Any:
+    """Call a pipeline; what it prints goes to stderr, so that stdout holds answers only."""
+    _prepare_jax()
+    with contextlib.redirect_stdout(sys.stderr):
+        return getattr(importlib.import_module(f"experiments.{module}"), function)(*arguments)
+
+
+@contextlib.contextmanager
+def _run_folder(out: Path, replace: bool, config_toml: str) -> Generator[Any, None, None]:
+    """The run folder; a run that fails while it computes keeps its folder, with the reason."""
+    from experiments.records import RESULT, RunFolder
+
+    reason = ""
+    with RunFolder(out, replace=replace) as folder:
+        folder.write_config(config_toml)
+        try:
+            yield folder
+        except RuntimeError as error:
+            reason = str(error)
+            folder.log(f"failed: {reason}")
+            if not (folder.work / RESULT).exists():
+                folder.write_result({"status": f"failed: {reason}"})
+    if reason:
+        raise Failure(f"{_first_line(reason)} (see {out})")
+
+
+def _finish(result: Mapping[str, Any], as_json: bool, said: str = "") -> None:
+    """Print the result; a result whose status says so is a failure."""
+    from experiments.records import to_json
+
+    if as_json:
+        click.echo(to_json(result), nl=False)
+    if said:
+        click.echo(said, err=True)
+    status = str(result.get("status", "done"))
+    if status.startswith(("failed", "not converged")):
+        raise Failure(status)
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]], header: bool = True) -> str:
+    """Rows of equal keys as a text table."""
+    columns = list(rows[0]) if rows else []
+    lines = [columns] if header else []
+    lines += [[f"{row[key]:.10g}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the console script and exit.
+
+    Args:
+        arguments: the command line without the program's name; None takes that of the process.
+    """
+    signal.signal(signal.SIGTERM, _terminate)  # so that a run that is told to stop removes its partial folder
+    try:
+        status = cli.main(arguments, prog_name="iontwin", standalone_mode=False) or 0
+    except click.Abort:
+        click.echo("iontwin: interrupted.", err=True)
+        status = 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = 2
+    except click.ClickException as error:
+        click.echo(f"iontwin: {error.format_message()}", err=True)
+        status = 2
+    except Failure as error:
+        click.echo(f"iontwin: {error}", err=True)
+        status = 1
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("IONTWIN_TRACEBACK"):
+            raise
+        click.echo(f"iontwin: {error}", err=True)
+        status = 2 if isinstance(error, ValueError) else 1
+    sys.exit(status)

@@ -1,0 +1,345 @@
+"""The configuration as classes: a table is a class, a key is a field with its unit, range and default."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from experiments.messages import Allowed, Refusal, allowed_range, unknown_key
+
+
+def _number(default: Any, low: int | float, high: int | float, unit: str, text: str, **more: Any) -> Any:
+    return Field(default, ge=low, le=high, description=text, json_schema_extra={"unit": unit}, **more)
+
+
+class Table(BaseModel):
+    """What all tables share: exact types, no unknown keys, finite numbers, no changes after validation."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_TUNING = 1e7  # Hz; far beyond it neither line is addressed
+_TIME = (1e-8, 0.01)  # s; pulse widths from a few optical-modulator rise times to a fraction of the D3/2 lifetime
+
+
+class Device(Table):
+    """The memristor as the laboratory set it up; defaults are the 171Yb+ device of the demo."""
+
+    platform: Literal["ion", "photonic"] = Field("ion", description="trapped ion or integrated photonics")
+    scheme: Literal["lambda", "v", "ladder"] = Field("lambda", description="level scheme: which of v, s, m lies where")
+    engine: Literal["auto", "closed_form", "lindblad"] = Field(
+        "auto", description="closed form, integrated Lindblad equation, or the closed form only where `error` allows it"
+    )
+    error: float = _number(1e-8, 1e-12, 1e-2, "", "largest error of a population that the engine may make")
+    sigma_1_s: float = _number(20e-6, *_TIME, "s", "width (standard deviation of the Rabi envelope) of pulse 1")
+    sigma_2_s: float = _number(20e-6, *_TIME, "s", "width (standard deviation of the Rabi envelope) of pulse 2")
+    separation_s: float = _number(120e-6, 0.0, 0.1, "s", "from the centre of pulse 1 to the centre of pulse 2")
+    lead_s: float = _number(100e-6, 0.0, 0.1, "s", "from preparation to the centre of pulse 1")
+    tail_s: float = _number(100e-6, 0.0, 0.1, "s", "from the centre of the last pulse to the start of read-out")
+    lifetime_s: float = _number(52.7e-3, 1e-9, 1e12, "s", "lifetime of the decaying level (D3/2)")
+    branching: float = _number(0.4, 0.0, 1.0, "", "fraction of its decays to S1/2 F=0; the rest goes to F=1")
+    m_lifetime_s: float = _number(
+        math.inf,
+        1e-9,
+        math.inf,
+        "s",
+        "lifetime of m, the top level of the ladder scheme; inf in the other schemes",
+        allow_inf_nan=True,
+    )
+    rabi_scale_1: float = _number(1.0, 0.0, 10.0, "", "actual over nominal Rabi frequency of pulse 1")
+    rabi_scale_2: float = _number(1.0, 0.0, 10.0, "", "actual over nominal Rabi frequency of pulse 2")
+    detuning_1_hz: float = _number(0.0, -_TUNING, _TUNING, "Hz", "laser 1 minus line 1")
+    detuning_2_hz: float = _number(0.0, -_TUNING, _TUNING, "Hz", "laser 2 minus line 2")
+    laser_linewidth_hz: float | None = _number(
+        None, 0.0, 1e6, "Hz", "FWHM linewidth of one source for both lines (0 unless two sources are given)"
+    )
+    laser_linewidth_1_hz: float | None = _number(None, 0.0, 1e6, "Hz", "FWHM linewidth of laser 1, with two sources")
+    laser_linewidth_2_hz: float | None = _number(None, 0.0, 1e6, "Hz", "FWHM linewidth of laser 2, with two sources")
+    n_bar: float = _number(0.0, 0.0, 1e4, "", "mean phonon number when pulse 1 begins")
+    heating_rate_per_s: float = _number(0.0, 0.0, 1e7, "1/s", "phonons gained per second")
+    eta_1: float = _number(0.0, 0.0, 1.0, "", "Lamb-Dicke parameter of pulse 1")
+    eta_2: float = _number(0.0, 0.0, 1.0, "", "Lamb-Dicke parameter of pulse 2")
+    readout_error_bright: float = _number(0.0, 0.0, 0.5, "", "probability that a bright ion is read dark")
+    readout_error_dark: float = _number(0.0, 0.0, 0.5, "", "probability that a dark ion is read bright")
+    loss: float = _number(0.0, 0.0, 1.0, "", "fraction of photons lost (photonic platform only)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source_unless_two_are_given(cls, given: Any) -> Any:
+        two = ("laser_linewidth_1_hz", "laser_linewidth_2_hz")
+        if isinstance(given, dict) and not any(key in given for key in two):
+            return {"laser_linewidth_hz": 0.0, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Device":
+        two = (self.laser_linewidth_1_hz, self.laser_linewidth_2_hz)
+        if two != (None, None):
+            if self.laser_linewidth_hz is not None:
+                raise Refusal("laser_linewidth_hz", "is given beside laser_linewidth_1_hz or laser_linewidth_2_hz; "
+                              "keep the one key for a shared source or the two keys for two sources")  # fmt: skip
+            if None in two:
+                missing = f"laser_linewidth_{two.index(None) + 1}_hz"
+                raise Refusal(missing, "is missing; two sources need both linewidths, one source laser_linewidth_hz")
+        photonic = ("platform", "engine", "error", "readout_error_bright", "readout_error_dark", "loss")
+        elsewhere = set(Device.model_fields) - set(photonic) if self.platform == "photonic" else {"loss"}
+        default = Device.model_construct(laser_linewidth_hz=0.0)
+        for key in Device.model_fields:
+            if key in elsewhere and getattr(self, key) != getattr(default, key):
+                raise Refusal(key, f"has no meaning for platform = '{self.platform}'; remove it")
+        if self.scheme != "ladder" and self.m_lifetime_s != math.inf:
+            reason = f"is {self.m_lifetime_s:g}, but only the top level of scheme = 'ladder' decays from m; remove it"
+            raise Refusal("m_lifetime_s", reason)
+        return self
+
+
+class Memory(Table):
+    """The feedback that turns past inputs into the next transfer."""
+
+    kernel: Literal["moving_average", "exponential"] = Field("moving_average", description="weights of past inputs")
+    window_cycles: float = _number(
+        10.0,
+        1.0,
+        1e6,
+        "cycles",
+        "length of the window, or decay time of the exponential; the table's column goes first",
+    )
+    source: Literal["measured", "model", "command"] = Field(
+        "measured", description="which input is remembered: n_x/shots, the population, or x_set"
+    )
+
+
+class Data(Table):
+    """The recorded loops."""
+
+    table: str = Field(min_length=1, description="path of the loop table (CSV), relative to this file")
+
+
+_FREE_DEVICE = (
+    *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz"),
+    *("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"),
+    *("n_bar", "readout_error_bright", "readout_error_dark", "sigma_1_s", "sigma_2_s", "separation_s"),
+    *("eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s"),
+)
+PARAMETERS: dict[str, Allowed] = {
+    **{name: allowed_range(Device.model_fields[name]) for name in _FREE_DEVICE},
+    "window_cycles": allowed_range(Memory.model_fields["window_cycles"]),
+}
+"""Parameters of the ion memristor that a fit may free and a sweep may vary, with their ranges."""
+
+COMMANDS: dict[str, Allowed] = {
+    "amplitude_1": Allowed(0.0, 10.0, ""),
+    "amplitude_2": Allowed(0.0, 10.0, ""),
+    "sigma_1_s": PARAMETERS["sigma_1_s"],
+    "sigma_2_s": PARAMETERS["sigma_2_s"],
+    "separation_s": PARAMETERS["separation_s"],
+    "detuning_1_set_hz": PARAMETERS["detuning_1_hz"],
+    "detuning_2_set_hz": PARAMETERS["detuning_2_hz"],
+}
+"""Pulse commands that an optimization may change; an amplitude is relative to the nominal one."""
+
+
+def _pair(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] < pair[1]:
+        raise Refusal("", f"is [{pair[0]:g}, {pair[1]:g}], but must be [low, high] with low below high")
+    return pair
+
+
+def _within(names: Mapping[str, Allowed]) -> AfterValidator:
+    """Each key is one of `names` and its range lies within the allowed one."""
+
+    def check(boxes: dict[str, Any]) -> dict[str, Any]:
+        for name, box in boxes.items():
+            if name not in names:
+                raise Refusal(name, unknown_key(name, box, list(names)))
+            allowed = names[name]
+            low, high = (box.low, box.high) if isinstance(box, Axis) else box
+            if low < allowed.low or high > allowed.high:
+                raise Refusal(name, f"is [{low:g}, {high:g}], but must lie between {allowed}")
+        return boxes
+
+    return AfterValidator(check)
+
+
+class Axis(Table):
+    """The range of one swept parameter; ``[low, high]`` for short."""
+
+    low: float = Field(description="lower end")
+    high: float = Field(description="upper end")
+    points: int | None = _number(None, 1, 100_000, "", "points of this axis of a grid (default: `points` of the sweep)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pair(cls, given: Any) -> Any:
+        return {"low": given[0], "high": given[1]} if isinstance(given, list) and len(given) == 2 else given
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> "Axis":
+        _ordered((self.low, self.high))
+        return self
+
+
+_Box = Annotated[tuple[float, float], BeforeValidator(_pair), AfterValidator(_ordered)]
+
+
+def _named(names: Mapping[str, Allowed], text: str) -> Any:
+    return Field(min_length=1, description=text, json_schema_extra={"propertyNames": {"enum": list(names)}})
+
+
+_SEED = 2**63 - 1
+_LARGEST_SWEEP = 10_000_000
+
+
+class Fit(Table):
+    """Calibration: which parameters are free and how the search starts."""
+
+    free: Annotated[dict[str, _Box], _within(PARAMETERS)] = _named(
+        PARAMETERS, "at least one free parameter as name = [low, high], its prior box, from which starts are drawn"
+    )
+    starts: int = _number(16, 1, 4096, "", "random starts")
+    seed: int = _number(0, 0, _SEED, "", "seed of the starts")
+
+
+class Loop(Table):
+    """A loop to run: x_set of cycle k is (1 - cos(2 pi k / cycles_per_period)) / 2."""
+
+    label: Annotated[str, StringConstraints(pattern=r"^[^\s#,\"\x00-\x1f][^,\"\x00-\x1f]*$")] = Field(
+        "A", description="label of the loop in the table: text without commas or quotes"
+    )
+    periods: int = _number(3, 1, 10_000, "", "periods of the input")
+    cycles_per_period: int = _number(40, 4, 100_000, "", "cycles in one period of the input")
+    window_cycles: float | None = _number(None, 1.0, 1e6, "cycles", "memory window (default: that of [memory])")
+    detuning_1_set_hz: float = _number(0.0, -_TUNING, _TUNING, "Hz", "known offset of laser 1, laser minus line")
+    detuning_2_set_hz: float = _number(0.0, -_TUNING, _TUNING, "Hz", "known offset of laser 2, laser minus line")
+    shots: int = _number(0, 0, 10**9, "", "repetitions of each cycle; 0 gives probabilities without shot noise")
+
+
+class Simulate(Table):
+    """One or more loops of the device."""
+
+    loops: list[Loop] = Field(min_length=1, description="at least one loop, [[simulate.loops]] each")
+    seed: int = _number(0, 0, _SEED, "", "seed of the shot noise")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Simulate":
+        labels = [loop.label for loop in self.loops]
+        for k, label in enumerate(labels):
+            if label in labels[:k]:
+                raise Refusal(f"loops.{k}.label", f"is {label!r} again; give each loop its own label")
+        return self
+
+
+class Optimize(Table):
+    """Pulse commands that make the device do what was commanded, or that open the loop."""
+
+    target: Literal["obedience", "area", "form_factor"] = Field(
+        "obedience",
+        description="least rms of y - (1 - r_set) x_set over the square, or largest loop area or form factor",
+    )
+    bounds: Annotated[dict[str, _Box], _within(COMMANDS)] = _named(
+        COMMANDS, "at least one command to change as name = [low, high]; amplitudes are relative to the nominal one"
+    )
+    iterations: int = _number(200, 1, 100_000, "", "most iterations of the optimizer")
+    seed: int = _number(0, 0, _SEED, "", "seed of the starts")
+    cycles_per_period: int = _number(40, 4, 100_000, "", "cycles in one period of the input (loop targets)")
+    window_cycles: float | None = _number(None, 1.0, 1e6, "cycles", "memory window (default: that of [memory])")
+
+
+class Sweep(Table):
+    """Loops over a grid or a random set of named parameters."""
+
+    parameters: Annotated[dict[str, Axis], _within(PARAMETERS)] = _named(
+        PARAMETERS, "at least one parameter as name = [low, high] or {low, high, points}, over [device] and the loop"
+    )
+    design: Literal["grid", "random"] = Field("grid", description="full grid or uniformly random points")
+    points: int = _number(11, 1, _LARGEST_SWEEP, "", "points of each axis of a grid, or of the random set")
+    seed: int = _number(0, 0, _SEED, "", "seed of the random set and of the shot noise")
+    chunk: int = _number(256, 1, 1_000_000, "", "points computed in one call and stored together")
+    loop: Loop = Field(Loop(), description="the loop that is run at every point")
+
+    @model_validator(mode="after")
+    def _size(self) -> "Sweep":
+        if self.design == "grid":
+            total = math.prod(axis.points or self.points for axis in self.parameters.values())
+            if total > _LARGEST_SWEEP:
+                raise Refusal("points", f"gives a grid of {total} points, but at most {_LARGEST_SWEEP} are allowed")
+        for name, axis in self.parameters.items():
+            if self.design == "random" and axis.points is not None:
+                raise Refusal(f"parameters.{name}.points", "belongs to a grid; a random set takes sweep.points")
+        return self
+
+
+class Config(Table):
+    """The tables of a run."""
+
+    device: Device = Field(default_factory=lambda: Device.model_validate({}), description="the memristor")
+    memory: Memory = Field(Memory(), description="the feedback")
+    data: Data | None = Field(None, description="the recorded loops")
+    fit: Fit | None = Field(None, description="calibration")
+    simulate: Simulate | None = Field(None, description="loops to run")
+    optimize: Optimize | None = Field(None, description="pulse design")
+    sweep: Sweep | None = Field(None, description="batches")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        free = {"fit.free": self.fit.free if self.fit else {}, "sweep.parameters": {}}
+        if self.sweep:
+            free["sweep.parameters"] = self.sweep.parameters
+        for path, names in free.items():
+            for name in names:
+                if reason := self._unusable(name):
+                    raise Refusal(f"{path}.{name}", reason)
+        if self.optimize is None:
+            return self
+        if self.device.platform == "photonic":
+            raise Refusal("optimize", "designs laser pulses, but device.platform is 'photonic'; choose 'ion'")
+        for name, (low, high) in self.optimize.bounds.items():
+            start = 1.0 if name.startswith("amplitude") else getattr(self.device, name, 0.0)
+            if not low <= start <= high:
+                whose = f"device.{name}" if name in Device.model_fields else "the command the search starts from"
+                reason = f"is [{low:g}, {high:g}], but {whose} is {start:g}, outside it; move the bounds or the device"
+                raise Refusal(f"optimize.bounds.{name}", reason)
+        return self
+
+    def _unusable(self, name: str) -> str:
+        """Why a parameter has no meaning for this device; empty when it has one."""
+        photonic = self.device.platform == "photonic"
+        if photonic and name not in (
+            "readout_error_bright",
+            "readout_error_dark",
+            "window_cycles",
+        ):
+            return "has no meaning for device.platform = 'photonic'; remove it"
+        two = self.device.laser_linewidth_hz is None
+        if name == "laser_linewidth_hz" and two:
+            return "belongs to one source, but [device] has two; name laser_linewidth_1_hz or laser_linewidth_2_hz"
+        if name in ("laser_linewidth_1_hz", "laser_linewidth_2_hz") and not two:
+            return "belongs to two sources; give both linewidths in [device], or name laser_linewidth_hz"
+        return ""
+
+    def seed_of(self, verb: str) -> int:
+        """Seed in the table of a verb that has one: "simulate", "fit", "optimize" or "sweep"."""
+        return getattr(self, verb).seed
+
+    def to_toml(self) -> str:
+        """The resolved configuration; reading it again gives an equal one."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+TABLES: dict[str, type[Table]] = {
+    "device": Device,
+    "memory": Memory,
+    "data": Data,
+    "fit": Fit,
+    "simulate": Simulate,
+    "optimize": Optimize,
+    "sweep": Sweep,
+}
+"""The tables of a configuration by name."""
