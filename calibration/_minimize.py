@@ -1,0 +1,136 @@
+"""The one optimization loop of the project: Optax from many starts, one start after another, each stopping by itself.
+
+Calibration and pulse design both come here. Starts run in `lax.map`, not `vmap`: a start's line search then costs only
+its own evaluations, and one start's arrays fit the cache.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Stage(NamedTuple):
+    """One optimizer and when to stop it.
+
+    Args:
+        optimizer: "adam" or "lbfgs" (with zoom line search).
+        iterations: most iterations a start may take.
+        tolerance: a start is done when its loss fell by less than this in each of two iterations.
+        learning_rate: of Adam, decaying by a cosine to a tenth.
+    """
+
+    optimizer: str
+    iterations: int
+    tolerance: float
+    learning_rate: float = 0.1
+
+
+class Minimum(NamedTuple):
+    """Where each start ended.
+
+    Attributes:
+        points: shape (starts, parameters). values: losses, shape (starts,); NaN where the loss failed.
+        converged: starts that met the tolerance. iterations: taken by each start.
+    """
+
+    points: Float[Array, "starts parameters"]
+    values: Float[Array, " starts"]
+    converged: Bool[Array, " starts"]
+    iterations: Int[Array, " starts"]
+
+
+class _Walker(NamedTuple):
+    point: Float[Array, "*starts parameters"]
+    state: Any
+    value: Float[Array, "*starts"]
+    stalls: Int[Array, "*starts"]
+    taken: Int[Array, "*starts"]
+
+
+@lru_cache
+def _optimizer(stage: Stage) -> optax.GradientTransformationExtraArgs:
+    if stage.optimizer == "lbfgs":
+        return optax.lbfgs()
+    rate = optax.cosine_decay_schedule(stage.learning_rate, stage.iterations, alpha=0.1)
+    return optax.with_extra_args_support(optax.adam(rate, b2=0.95))
+
+
+def minimize(
+    loss: Callable[[Float[Array, " parameters"], Any, Any], Float[Array, ""]],
+    args: Any,
+    starts: Float[Array, "starts parameters"],
+    stage: Stage,
+    *,
+    each: Any = (),
+    chunk: int = 10,
+    on_progress: Callable[[int, Float[Array, " starts"]], None] | None = None,
+) -> Minimum:
+    """Minimizes `loss(point, args, each_k)` from every start k.
+
+    Args:
+        loss: a module-level function (its identity keys the compiled program), differentiable in reverse mode.
+        args: its data, a pytree; new values do not recompile.
+        starts: initial points, unbounded coordinates.
+        each: further data with a leading axis of starts, one slice for each.
+        stage: optimizer and stopping rule.
+        chunk: iterations between calls of `on_progress`.
+        on_progress: called with the iterations done and the losses.
+    """
+    walkers = _begin(stage, starts)
+    for done in range(0, stage.iterations, chunk):
+        walkers = _advance(loss, stage, min(chunk, stage.iterations - done), args, each, walkers)
+        if on_progress is not None:
+            on_progress(min(done + chunk, stage.iterations), walkers.value)
+        if bool(jnp.all(_finished(walkers))):
+            break
+    return Minimum(walkers.point, walkers.value, walkers.stalls >= 2, walkers.taken)
+
+
+def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
+    return (walker.stalls >= 2) | jnp.isnan(walker.value)
+
+
+@eqx.filter_jit
+def _begin(stage: Stage, starts: Float[Array, "starts parameters"]) -> _Walker:
+    state = jax.vmap(_optimizer(stage).init)(starts)
+    zero = jnp.zeros(starts.shape[0], int)
+    return _Walker(starts, state, jnp.full(starts.shape[0], jnp.inf), zero, zero)
+
+
+@eqx.filter_jit
+def _advance(loss, stage: Stage, iterations: int, args, each, walkers: _Walker) -> _Walker:
+    optimizer = _optimizer(stage)
+
+    def one(walker_and_data) -> _Walker:
+        walker, data = walker_and_data
+
+        def objective(point):
+            return loss(point, args, data)
+
+        def step(walker: _Walker) -> _Walker:
+            if stage.optimizer == "lbfgs":
+                # The line search has already evaluated the point it moved to.
+                value, gradient = optax.value_and_grad_from_state(objective)(walker.point, state=walker.state)
+            else:
+                value, gradient = jax.value_and_grad(objective)(walker.point)
+            updates, state = optimizer.update(
+                gradient, walker.state, walker.point, value=value, grad=gradient, value_fn=objective
+            )
+            stalled = jnp.abs(walker.value - value) < stage.tolerance
+            stalls = jnp.where(stalled, walker.stalls + 1, 0)
+            return _Walker(walker.point + updates, state, value, stalls, walker.taken + 1)
+
+        def unfinished(carry):
+            i, w = carry
+            return (i < iterations) & ~_finished(w)
+
+        return lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, walker))[1]
+
+    return lax.map(one, (walkers, each))

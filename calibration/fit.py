@@ -1,0 +1,290 @@
+"""Calibration: the parameters of a device that make a loop table most probable.
+
+Adam from random starts in the prior box, L-BFGS to the bottom of each basin at a coarse solver error, then the best
+basins polished at the device's own error. Fisher information at the optimum gives errors, verdicts and sentences.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from calibration import uncertainty
+from calibration._minimize import Minimum, Stage, minimize
+from calibration.data import LoopTable
+from calibration.likelihood import Experiment, Prediction, log_likelihood, pearson_chi2, predict
+from calibration.parameters import FreeParameters, anchored
+from calibration.uncertainty import Estimate
+from twin.dynamics import StaticGrid
+from twin.loop import AbstractMemristor
+from twin.memristor import Automatic, IonMemristor, planned
+
+_SEARCH_ERROR = 1e-6
+# Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
+_SAME_VALUE, _SAME_PLACE = 0.1, 0.02
+_POLISHED = 3
+
+
+@dataclass(frozen=True)
+class Basin:
+    """A local optimum and how many starts found it."""
+
+    log_likelihood: float
+    starts: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a calibration found; `status` is "converged" or "not converged: WHY".
+
+    Attributes:
+        device: the calibrated device. parameters: estimates by name. covariance: in the order of the names.
+        prediction: model probabilities of every row at the optimum; None if there is no optimum.
+        basins: ranked, best first. history: per stage, best loss after each chunk of iterations.
+        seconds: wall time of each stage.
+    """
+
+    status: str
+    device: AbstractMemristor
+    parameters: dict[str, Estimate]
+    covariance: np.ndarray
+    log_likelihood: float
+    chi2_per_dof: float
+    n_data: int
+    n_free: int
+    notes: list[str]
+    basins: list[Basin]
+    prediction: Prediction | None
+    history: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def converged(self) -> bool:
+        """Whether the search ended at an optimum."""
+        return self.status == "converged"
+
+    @property
+    def correlation(self) -> np.ndarray:
+        """Correlation matrix in the order of `parameters`."""
+        return uncertainty.correlation(self.covariance)
+
+
+Progress = Callable[[str, int, int, float], None]
+
+
+def fit(
+    device: AbstractMemristor,
+    table: LoopTable,
+    free: Mapping[str, tuple[float, float]],
+    *,
+    starts: int = 16,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> FitResult:
+    """Calibrates a device to a loop table.
+
+    Main arguments:
+        device: supplies the scheme, the method, and every parameter that is not free.
+        table: recorded loops.
+        free: prior box (low, high) of each free parameter, by name.
+
+    Other arguments:
+        starts: random starts, drawn uniformly from the box.
+        seed: of the starts.
+        on_progress: called as (stage, iterations done, most iterations, best log-likelihood so far).
+
+    Returns:
+        A `FitResult`; a search that fails says why in `status` and does not raise.
+
+    Raises:
+        ValueError: an unknown parameter name, an empty box, a method that cannot serve (`Automatic` cannot choose
+            while parameters vary).
+
+    Example:
+        >>> result = fit(IonMemristor(memory=MovingAverage(10.0)), read_table("loops.csv"), {"rabi_scale_1": (0.7, 1.3)})
+    """
+    parameters = FreeParameters.from_boxes(free)
+    experiment = Experiment.from_table(table)
+    fine = _ready(device, experiment, parameters)
+    coarse = fine
+    if isinstance(fine, IonMemristor) and isinstance(fine.method, StaticGrid) and fine.method.error < _SEARCH_ERROR:
+        coarse = dataclasses.replace(fine, method=StaticGrid(error=_SEARCH_ERROR), steps=None)
+        coarse = planned(coarse, parameters.boxes, detuning_set_hz=experiment.largest_detuning_hz)
+    points = parameters.unbounded(parameters.draw(jax.random.key(seed), starts))
+    history: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+
+    def search(name: str, twin: AbstractMemristor, points: Float[Array, "starts parameters"], stage: Stage) -> Minimum:
+        began = time.perf_counter()
+        history[name] = []
+
+        def report(done: int, values: Float[Array, " starts"]) -> None:
+            best = -float(jnp.nanmin(jnp.where(jnp.isnan(values), jnp.inf, values)))
+            history[name].append(best)
+            if on_progress is not None:
+                on_progress(name, done, stage.iterations, best)
+
+        if on_progress is not None:
+            on_progress(name, 0, stage.iterations, -np.inf)
+        # L-BFGS walks in coordinates whitened by the Fisher information, where every basin is nearly round.
+        scales = jnp.broadcast_to(jnp.eye(points.shape[1]), (len(points), points.shape[1], points.shape[1]))
+        if stage.optimizer == "lbfgs":
+            scales = _scales(twin, experiment, parameters, points)
+        origins, args = jnp.zeros_like(points), (twin, experiment, parameters)
+        found = minimize(_loss, args, origins, stage, each=(points, scales), on_progress=report)
+        found = found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
+        jax.block_until_ready(found.points)
+        seconds[name] = time.perf_counter() - began
+        return found
+
+    rough = search("search", coarse, points, Stage("adam", 25, 1e-2, 0.3))
+    settled = search("descend", coarse, rough.points, Stage("lbfgs", 60, 1e-4))
+    values = np.asarray(settled.values)
+    if not np.any(np.isfinite(values)):
+        return _failed(fine, parameters, experiment, "the likelihood is not finite from any start; "
+                       "is there a count where the model allows none? Free the readout errors or widen the boxes.",
+                       history, seconds)  # fmt: skip
+    basins = _rank(parameters, settled)
+    best = jnp.stack([parameters.unbounded(_inside(parameters, b.values)) for b in basins[:_POLISHED]])
+    polished = search("polish", fine, best, Stage("lbfgs", 60, 1e-7))
+    began = time.perf_counter()
+    winner = int(np.nanargmin(np.asarray(polished.values)))
+    optimum = np.asarray(parameters.bounded(polished.points[winner]))
+    result = _conclude(fine, parameters, experiment, table, optimum, basins, len(values))
+    seconds["uncertainty"] = time.perf_counter() - began
+    status = "converged"
+    if not bool(polished.converged[winner]):
+        status = f"not converged: the polish still moved after {int(polished.iterations[winner])} iterations"
+    return dataclasses.replace(result, status=status, history=history, seconds=seconds)
+
+
+def _ready(device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters) -> AbstractMemristor:
+    if isinstance(device, IonMemristor) and isinstance(device.method, Automatic):
+        device = dataclasses.replace(device, method=StaticGrid(error=device.method.error))
+    device = anchored(device)
+    # Checks the names, and that the middle of the box is a device.
+    parameters.apply(device, 0.5 * (parameters.low + parameters.high))
+    return planned(device, parameters.boxes, detuning_set_hz=experiment.largest_detuning_hz)
+
+
+def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
+    device, experiment, parameters = args
+    origin, scale = each
+    own_window = "window_cycles" in parameters.names
+    values = parameters.bounded(origin + scale @ z)
+    return -log_likelihood(parameters.apply(device, values), experiment, own_window=own_window)
+
+
+@eqx.filter_jit
+def _scales(
+    device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
+) -> Float[Array, "starts n n"]:
+    """Inverse square root of the Fisher information in unbounded coordinates, plus that of the uniform prior (3/pi^2)."""
+
+    def one(u):
+        values, slopes = jax.jvp(parameters.bounded, (u,), (jnp.ones_like(u),))
+        information = uncertainty.fisher_information(device, experiment, parameters, values)
+        eigenvalues, vectors = jnp.linalg.eigh(slopes[:, None] * information * slopes)
+        return (vectors / jnp.sqrt(jnp.maximum(eigenvalues, 0.0) + 3 / jnp.pi**2)) @ vectors.T
+
+    return lax.map(one, points)
+
+
+def _inside(parameters: FreeParameters, values: dict[str, float]) -> Float[Array, " parameters"]:
+    """Basin values kept off the very edge, where unbounded coordinates are infinite."""
+    share = (jnp.array(list(values.values())) - parameters.low) / parameters.width
+    return parameters.low + parameters.width * (1e-9 + (1 - 2e-9) * share)
+
+
+def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:
+    places = np.asarray(parameters.bounded(found.points))
+    values = np.asarray(found.values)
+    groups: list[list[int]] = []
+    for k in np.argsort(np.where(np.isnan(values), np.inf, values)):
+        if np.isnan(values[k]):
+            continue
+        for group in groups:
+            apart = np.abs(places[k] - places[group[0]]) / np.asarray(parameters.width)
+            if values[k] - values[group[0]] < _SAME_VALUE and np.all(apart < _SAME_PLACE):
+                group.append(int(k))
+                break
+        else:
+            groups.append([int(k)])
+    return [
+        Basin(-float(values[g[0]]), len(g), dict(zip(parameters.names, places[g[0]].tolist(), strict=True)))
+        for g in groups
+    ]
+
+
+def _conclude(
+    device: AbstractMemristor,
+    parameters: FreeParameters,
+    experiment: Experiment,
+    table: LoopTable,
+    optimum: np.ndarray,
+    basins: list[Basin],
+    starts: int,
+) -> FitResult:
+    own_window = "window_cycles" in parameters.names
+    calibrated = parameters.apply(device, jnp.asarray(optimum))
+    prediction = jax.jit(lambda d, e: predict(d, e, own_window=own_window))(calibrated, experiment)
+    information = np.asarray(uncertainty.fisher_information(device, experiment, parameters, jnp.asarray(optimum)))
+    edge = uncertainty.at_edge(optimum, np.asarray(parameters.low), np.asarray(parameters.high))
+    cov = uncertainty.covariance(information, np.asarray(parameters.width), edge)
+    found = uncertainty.estimates(parameters, optimum, cov)
+    notes = uncertainty.sentences(parameters, found, cov)
+    if own_window and table.r_set is not None:
+        notes.append("`window_cycles` cannot be identified: the table records `r_set`, so the memory is never used.")
+    agreeing = basins[0].starts
+    notes.append(f"{agreeing} of {starts} random starts ended in the best basin; {len(basins)} basin(s) were found.")
+    for rival in basins[1:]:
+        behind = basins[0].log_likelihood - rival.log_likelihood
+        if behind < 5:
+            notes.append(f"Another basin lies only {behind:.2f} nats behind: the data hardly tell the two apart.")
+    dof = experiment.n_data - len(parameters.names)
+    chi2 = float(pearson_chi2(experiment, prediction)) / dof if dof > 0 else float("nan")
+    if dof > 0 and abs(chi2 - 1) > 5 * np.sqrt(2 / dof):
+        notes.append(
+            f"Pearson chi2/dof is {chi2:.2f}, more than five standard deviations from 1: the model does not describe these "
+            "data, or their errors are misstated; the intervals are not to be trusted."
+        )
+    return FitResult(
+        status="",
+        device=calibrated,
+        parameters=found,
+        covariance=cov,
+        log_likelihood=float(log_likelihood(calibrated, experiment, own_window=own_window)),
+        chi2_per_dof=chi2,
+        n_data=experiment.n_data,
+        n_free=len(parameters.names),
+        notes=notes,
+        basins=basins,
+        prediction=prediction,
+    )
+
+
+def _failed(device, parameters: FreeParameters, experiment: Experiment, why: str, history, seconds) -> FitResult:
+    n = len(parameters.names)
+    return FitResult(
+        status=f"not converged: {why}",
+        device=device,
+        parameters={},
+        covariance=np.full((n, n), np.nan),
+        log_likelihood=float("nan"),
+        chi2_per_dof=float("nan"),
+        n_data=experiment.n_data,
+        n_free=n,
+        notes=[why],
+        basins=[],
+        prediction=None,
+        history=history,
+        seconds=seconds,
+    )

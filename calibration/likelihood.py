@@ -1,0 +1,221 @@
+"""How probable a loop table is for a device: binomial counts, or values with Gaussian errors.
+
+Readout errors act inside the model (the probability that a shot is assigned to s), never by inverting them on the data.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import gammaln
+from jaxtyping import Array, Bool, Float, Int
+
+from calibration.data import LoopTable
+from calibration.parameters import with_window
+from twin.loop import AbstractMemristor
+
+
+class Observations(eqx.Module):
+    """One measured column with its model probabilities p: counts of `shots`, or values with standard errors.
+
+    Unmeasured cells have `measured` False; their numbers are placeholders that never enter.
+
+    Args:
+        value: counts n, or the values, shape (rows,).
+        scale: shots N, or the standard errors, shape (rows,).
+        measured: which cells hold a measurement.
+        counted: True for counts.
+    """
+
+    value: Float[Array, " rows"]
+    scale: Float[Array, " rows"]
+    measured: Bool[Array, " rows"]
+    counted: bool = eqx.field(static=True)
+
+    def log_likelihood(self, p: Float[Array, " rows"]) -> Float[Array, ""]:
+        """Sum over measured cells of log Binomial(n | N, p), or of the log normal density."""
+        if self.counted:
+            n, shots = self.value, self.scale
+            choose = gammaln(shots + 1) - gammaln(n + 1) - gammaln(shots - n + 1)
+            # An outcome that never occurred has no term, so its logarithm (and its slope) must not be taken at p = 0.
+            seen, unseen = n > 0, n < shots
+            terms = choose + n * jnp.log(jnp.where(seen, p, 1.0))
+            terms = terms + (shots - n) * jnp.log1p(-jnp.where(unseen, p, 0.0))
+        else:
+            terms = -0.5 * ((self.value - p) / self.scale) ** 2 - jnp.log(self.scale * np.sqrt(2 * np.pi))
+        return jnp.sum(jnp.where(self.measured, terms, 0.0))
+
+    def variance(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """Variance of the estimate of p in each cell."""
+        return p * (1 - p) / self.scale if self.counted else self.scale**2
+
+    def estimate(self) -> Float[Array, " rows"]:
+        """The measured probability: n / N, or the value; NaN where not measured."""
+        return jnp.where(self.measured, self.value / self.scale if self.counted else self.value, jnp.nan)
+
+    def residual(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """Standardized residuals, (measured - p) / sqrt(variance); NaN where not measured."""
+        return (self.estimate() - p) / jnp.sqrt(self.variance(p))
+
+
+class Experiment(eqx.Module):
+    """A loop table in the form a device is run with: runs of pulse 1 that share their settings are listed once.
+
+    Attributes:
+        x_set, detuning_1_hz, detuning_2_hz, r_set: settings of each row; `r_set` None if not recorded.
+        first_x_set, first_detuning_1_hz: the distinct runs of pulse 1 alone; `first_of` maps rows to them.
+        loops: rows of each loop in order, and its memory window (None: the device's own).
+        x, y: the measured columns; None where the table lacks them.
+        fed_x: measured input of each row for the feedback; NaN where not measured.
+    """
+
+    x_set: Float[Array, " rows"]
+    detuning_1_hz: Float[Array, " rows"]
+    detuning_2_hz: Float[Array, " rows"]
+    r_set: Float[Array, " rows"] | None
+    first_x_set: Float[Array, " runs"]
+    first_detuning_1_hz: Float[Array, " runs"]
+    first_of: Int[Array, " rows"]
+    loops: tuple[Int[Array, " cycles"], ...]
+    windows: tuple[Float[Array, ""], ...] | None
+    x: Observations | None
+    y: Observations | None
+    fed_x: Float[Array, " rows"]
+
+    @classmethod
+    def from_table(cls, table: LoopTable) -> "Experiment":
+        """Prepares a validated table."""
+        settings = np.stack([table.x_set, table.detuning_1_set_hz], axis=1)
+        distinct, first_of = np.unique(settings, axis=0, return_inverse=True)
+        labels = list(dict.fromkeys(table.loop.tolist()))
+        rows = [np.flatnonzero(table.loop == label) for label in labels]
+        windows = None
+        if table.window_cycles is not None:
+            windows = tuple(jnp.asarray(table.window_cycles[r[0]], float) for r in rows)
+        x = _observations(table, "x")
+        return cls(
+            x_set=jnp.asarray(table.x_set),
+            detuning_1_hz=jnp.asarray(table.detuning_1_set_hz),
+            detuning_2_hz=jnp.asarray(table.detuning_2_set_hz),
+            r_set=None if table.r_set is None else jnp.asarray(table.r_set),
+            first_x_set=jnp.asarray(distinct[:, 0]),
+            first_detuning_1_hz=jnp.asarray(distinct[:, 1]),
+            first_of=jnp.asarray(first_of.reshape(-1)),
+            loops=tuple(jnp.asarray(r) for r in rows),
+            windows=windows,
+            x=x,
+            y=_observations(table, "y"),
+            fed_x=jnp.full(len(table), jnp.nan) if x is None else x.estimate(),
+        )
+
+    @property
+    def columns(self) -> tuple[Observations, ...]:
+        """The measured columns, x first."""
+        return tuple(column for column in (self.x, self.y) if column is not None)
+
+    @property
+    def n_data(self) -> int:
+        """Number of measured cells."""
+        return int(sum(np.sum(np.asarray(column.measured)) for column in self.columns))
+
+    @property
+    def largest_detuning_hz(self) -> float:
+        """Largest magnitude of the known laser offsets, Hz."""
+        return float(max(np.max(np.abs(np.asarray(d))) for d in (self.detuning_1_hz, self.detuning_2_hz)))
+
+
+def _observations(table: LoopTable, column: str) -> Observations | None:
+    counted = table.kind == "counts"
+    value = getattr(table, f"n_{column}" if counted else column)
+    if value is None:
+        return None
+    scale = table.shots if counted else getattr(table, f"{column}_err")
+    measured = np.isfinite(value)
+    if counted:
+        measured = measured & (scale > 0)
+    return Observations(
+        jnp.asarray(np.where(measured, value, 0.0), float),
+        jnp.asarray(np.where(measured, scale, 1.0), float),
+        jnp.asarray(measured),
+        counted,
+    )
+
+
+class Prediction(eqx.Module):
+    """Model probabilities of the two measured columns, and the transfer used, shape (rows,)."""
+
+    p_x: Float[Array, " rows"]
+    p_y: Float[Array, " rows"]
+    r: Float[Array, " rows"]
+    valid: Bool[Array, " rows"]
+
+
+def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Prediction:
+    """Probability that a shot is assigned to s, for each row of an experiment.
+
+    Recorded transfers are used as they are, and the cycles are independent. Otherwise the device's memory supplies
+    them loop by loop, from the source that the device names; `measured` takes the recorded inputs.
+
+    Args:
+        device: any memristor.
+        experiment: the prepared table.
+        own_window: use the device's `window_cycles` even where the table states one (a freed parameter).
+    """
+    first = device.first(experiment.first_x_set, experiment.first_detuning_1_hz)
+    p_x = device.assigned(first.populations)[experiment.first_of]
+    if experiment.r_set is None:
+        if device.source == "command":
+            fed = experiment.x_set
+        elif device.source == "model":
+            fed = device.signal(first.populations)[experiment.first_of]
+        else:
+            fed = jnp.where(jnp.isfinite(experiment.fed_x), experiment.fed_x, p_x)
+        r = jnp.zeros_like(experiment.x_set)
+        for k, rows in enumerate(experiment.loops):
+            memory = device.memory
+            if experiment.windows is not None and not own_window:
+                memory = with_window(memory, experiment.windows[k])
+            r = r.at[rows].set(memory.filter(fed[rows]))
+    else:
+        r = experiment.r_set
+    second = device.both(experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz)
+    return Prediction(p_x, device.assigned(second.populations), r, first.valid[experiment.first_of] & second.valid)
+
+
+def log_likelihood(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Float[Array, ""]:
+    """Log-likelihood of a table under a device, nats; differentiable in every parameter."""
+    prediction = predict(device, experiment, own_window=own_window)
+    total = jnp.zeros(())
+    if experiment.x is not None:
+        total = total + experiment.x.log_likelihood(prediction.p_x)
+    if experiment.y is not None:
+        total = total + experiment.y.log_likelihood(prediction.p_y)
+    return total
+
+
+def cells(experiment: Experiment, prediction: Prediction) -> tuple[Float[Array, " cells"], Float[Array, " cells"]]:
+    """Model probability and variance of every measured cell, x cells first (unmeasured ones have infinite variance)."""
+    p, variance = [], []
+    for column, value in ((experiment.x, prediction.p_x), (experiment.y, prediction.p_y)):
+        if column is not None:
+            p.append(value)
+            variance.append(jnp.where(column.measured, column.variance(value), jnp.inf))
+    return jnp.concatenate(p), jnp.concatenate(variance)
+
+
+def pearson_chi2(experiment: Experiment, prediction: Prediction) -> Float[Array, ""]:
+    """Pearson's statistic: the sum of squared standardized residuals over measured cells."""
+    total = jnp.zeros(())
+    for column, p in ((experiment.x, prediction.p_x), (experiment.y, prediction.p_y)):
+        if column is not None:
+            total = total + jnp.sum(jnp.where(column.measured, column.residual(p) ** 2, 0.0))
+    return total
+
+
+def replace_observations(experiment: Experiment, x: Float[Array, " rows"], y: Float[Array, " rows"]) -> Experiment:
+    """The same settings with other measured numbers (synthetic refits); feedback inputs follow."""
+    new_x = None if experiment.x is None else dataclasses.replace(experiment.x, value=x)
+    new_y = None if experiment.y is None else dataclasses.replace(experiment.y, value=y)
+    fed = experiment.fed_x if new_x is None else new_x.estimate()
+    return dataclasses.replace(experiment, x=new_x, y=new_y, fed_x=fed)

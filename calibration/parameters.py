@@ -1,0 +1,120 @@
+"""Free parameters by name: prior boxes, bijectors to unbounded coordinates, and their place in a device.
+
+Bounds live outside the model. A value in its box is `low + (high - low) sigmoid(u)` with u unbounded, so nothing is
+ever clipped and every value has a gradient.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from twin.loop import AbstractMemristor
+from twin.memory import AbstractMemory, Exponential, MovingAverage
+from twin.memristor import IonMemristor
+
+UNITS = {"_hz": "Hz", "_s": "s", "_cycles": "cycles", "_per_s": "1/s", "_rad": "rad"}
+
+
+def unit_of(name: str) -> str:
+    """The unit that a parameter's name carries; "" for a plain number."""
+    return next((unit for suffix, unit in sorted(UNITS.items(), key=lambda s: -len(s[0])) if name.endswith(suffix)), "")
+
+
+class FreeParameters(eqx.Module):
+    """Names and prior boxes of the parameters a search may change.
+
+    Args:
+        names: fields of the device, or `window_cycles` of its memory.
+        low, high: the box, shape (parameters,).
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True)
+    low: Float[Array, " parameters"]
+    high: Float[Array, " parameters"]
+
+    @classmethod
+    def from_boxes(cls, boxes: Mapping[str, tuple[float, float]]) -> "FreeParameters":
+        """From {name: (low, high)}.
+
+        Raises:
+            ValueError: no names, or a box that is empty or not finite.
+        """
+        if not boxes:
+            raise ValueError("at least one parameter must be free; name it with its box: {'rabi_scale_1': (0.7, 1.3)}.")
+        for name, (low, high) in boxes.items():
+            if not (np.isfinite(low) and np.isfinite(high) and low < high):
+                raise ValueError(f"the box of `{name}` must be finite with low below high, but is [{low}, {high}].")
+        low, high = (jnp.array([box[k] for box in boxes.values()], float) for k in (0, 1))
+        return cls(tuple(boxes), low, high)
+
+    @property
+    def boxes(self) -> dict[str, tuple[float, float]]:
+        """{name: (low, high)}."""
+        return {name: (float(a), float(b)) for name, a, b in zip(self.names, self.low, self.high, strict=True)}
+
+    @property
+    def width(self) -> Float[Array, " parameters"]:
+        """Width of each box."""
+        return self.high - self.low
+
+    def bounded(self, u: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
+        """Values in the box from unbounded coordinates."""
+        return self.low + self.width * jax.nn.sigmoid(u)
+
+    def unbounded(self, values: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
+        """Unbounded coordinates of values strictly inside the box."""
+        share = (values - self.low) / self.width
+        return jnp.log(share) - jnp.log1p(-share)
+
+    def draw(self, key: PRNGKeyArray, starts: int) -> Float[Array, "starts parameters"]:
+        """Uniform random values in the box."""
+        return self.low + self.width * jax.random.uniform(key, (starts, len(self.names)))
+
+    def apply(self, device, values: Float[Array, " parameters"]):
+        """The device with these values in place."""
+        return with_parameters(device, {name: values[k] for k, name in enumerate(self.names)})
+
+
+def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
+    """A device with named parameters replaced; `window_cycles` is its memory's window."""
+    fields = {name: value for name, value in values.items() if name != "window_cycles"}
+    known = {f.name for f in dataclasses.fields(device)}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")
+    if "window_cycles" in values:
+        fields["memory"] = with_window(device.memory, values["window_cycles"])
+    return dataclasses.replace(device, **fields)
+
+
+def value_of(device: AbstractMemristor, name: str) -> Float[Array, "..."]:
+    """Current value of a named parameter."""
+    if name == "window_cycles":
+        return device.memory.tau_cycles if isinstance(device.memory, Exponential) else device.memory.window_cycles
+    return getattr(device, name)
+
+
+def with_window(memory: AbstractMemory, window_cycles) -> AbstractMemory:
+    """The same kernel with another length."""
+    if isinstance(memory, Exponential):
+        return Exponential(window_cycles)
+    if isinstance(memory, MovingAverage):
+        return MovingAverage(window_cycles, capacity=memory.capacity)
+    raise ValueError(f"the memory {type(memory).__name__} has no window; use MovingAverage or Exponential.")
+
+
+def anchored(device: AbstractMemristor) -> AbstractMemristor:
+    """The device whose controller keeps believing in today's widths when a search changes the actual ones."""
+    if not isinstance(device, IonMemristor):
+        return device
+    keep = {}
+    for k in (1, 2):
+        if getattr(device, f"nominal_sigma_{k}_s") is None:
+            keep[f"nominal_sigma_{k}_s"] = getattr(device, f"sigma_{k}_s")
+    return dataclasses.replace(device, **keep)
+

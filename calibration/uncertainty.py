@@ -1,0 +1,163 @@
+"""How well a table determines its parameters: Fisher information, intervals, verdicts, and sentences.
+
+The expected Fisher information of independent cells with probability p_i and variance v_i is
+F = sum_i (dp_i/dtheta)(dp_i/dtheta)^T / v_i; its inverse bounds the covariance of any unbiased estimate (Cramér-Rao).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from calibration.likelihood import Experiment, cells, predict
+from calibration.parameters import FreeParameters, unit_of
+from twin.dynamics import StaticGrid
+from twin.loop import AbstractMemristor
+from twin.memristor import IonMemristor
+
+_Z95 = 1.959963984540054
+# Closer to an edge than this share of the box, and the search was stopped by the box.
+_AT_EDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One parameter: value, standard error, 95 % interval within its box, unit, verdict."""
+
+    value: float
+    std: float
+    ci95: tuple[float, float]
+    unit: str
+    verdict: str
+
+
+def forward_mode(device: AbstractMemristor) -> AbstractMemristor:
+    """The device with its solver set for forward-mode derivatives."""
+    if isinstance(device, IonMemristor) and isinstance(device.method, StaticGrid):
+        return dataclasses.replace(device, method=dataclasses.replace(device.method, differentiation="forward"))
+    return device
+
+
+@eqx.filter_jit
+def fisher_information(
+    device: AbstractMemristor, experiment: Experiment, free: FreeParameters, values: Float[Array, " parameters"]
+) -> Float[Array, "parameters parameters"]:
+    """Expected Fisher information of the free parameters at `values`, by forward-mode derivatives.
+
+    Cells whose probability is exactly 0 or 1 carry no weight: their variance vanishes together with their slope.
+    """
+    device = forward_mode(device)
+    own_window = "window_cycles" in free.names
+
+    def probabilities(v):
+        return cells(experiment, predict(free.apply(device, v), experiment, own_window=own_window))
+
+    # One direction after another: the loop over solver stages is slow under vmap.
+    directions = jnp.eye(values.size)
+    slopes = jax.lax.map(lambda v: jax.jvp(lambda x: probabilities(x)[0], (values,), (v,))[1], directions)
+    variance = probabilities(values)[1]
+    weights = jnp.where(variance > 0, 1 / variance, 0.0)
+    return (weights * slopes) @ slopes.T
+
+
+def covariance(fisher: np.ndarray, width: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Inverse of the information over the parameters that are not `fixed`, computed in units of the boxes.
+
+    Directions without information get a standard deviation of a million boxes rather than infinity. A fixed
+    (at-bound) parameter gets its conditional variance and no correlation.
+    """
+    scaled = fisher * np.outer(width, width)
+    loose = np.flatnonzero(~fixed)
+    result = np.diag(1 / np.maximum(np.diag(scaled), 1e-12))
+    values, vectors = np.linalg.eigh(scaled[np.ix_(loose, loose)])
+    result[np.ix_(loose, loose)] = (vectors / np.maximum(values, 1e-12)) @ vectors.T
+    return result * np.outer(width, width)
+
+
+def at_edge(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which values the box itself stopped."""
+    share = (values - low) / (high - low)
+    return (share < _AT_EDGE) | (share > 1 - _AT_EDGE)
+
+
+def estimates(free: FreeParameters, values: np.ndarray, cov: np.ndarray) -> dict[str, Estimate]:
+    """Value, standard error, interval and verdict of each free parameter.
+
+    Verdicts: "at bound": stopped by the box. "identified": the 95 % interval is shorter than a quarter of the box and
+    inside it. "weak": shorter than three quarters. "not identified": otherwise.
+    """
+    low, high = np.asarray(free.low), np.asarray(free.high)
+    edge = at_edge(values, low, high)
+    result = {}
+    for k, name in enumerate(free.names):
+        std = float(np.sqrt(cov[k, k]))
+        a, b = values[k] - _Z95 * std, values[k] + _Z95 * std
+        share = (b - a) / (high[k] - low[k])
+        if edge[k]:
+            verdict = "at bound"
+        elif share < 0.25 and a > low[k] and b < high[k]:
+            verdict = "identified"
+        else:
+            verdict = "weak" if share < 0.75 else "not identified"
+        interval = (float(max(a, low[k])), float(min(b, high[k])))
+        result[name] = Estimate(float(values[k]), std, interval, unit_of(name), verdict)
+    return result
+
+
+def correlation(cov: np.ndarray) -> np.ndarray:
+    """Correlation matrix of a covariance."""
+    std = np.sqrt(np.diag(cov))
+    return cov / np.outer(std, std)
+
+
+def sentences(free: FreeParameters, found: dict[str, Estimate], cov: np.ndarray) -> list[str]:
+    """What the data do not determine, and which combinations they cannot tell apart, in words."""
+    notes = []
+    for verdict, text in (
+        ("not identified", "These data do not determine {}: the 95 % interval fills most of the prior box."),
+        ("weak", "These data determine {} only weakly: the interval is wide, or reaches the edge of the prior box."),
+        ("at bound", "The search was stopped by the prior box at {}: widen the box, or fix the parameter there."),
+    ):
+        names = [f"`{name}`" for name, e in found.items() if e.verdict == verdict]
+        if names:
+            notes.append(text.format(_listed(names)))
+    width = np.asarray(free.width)
+    values, vectors = np.linalg.eigh(cov / np.outer(width, width))
+    for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
+        members = [k for k in np.argsort(-np.abs(vector)) if abs(vector[k]) > 0.3]
+        if 2 * _Z95 * np.sqrt(value) < 0.25 or len(members) < 2:
+            continue
+        names = [f"`{free.names[k]}`" for k in members]
+        notes.append(
+            f"These data cannot tell {_listed(names)} apart: along the combination "
+            f"{_combination(free, members, vector)} the 95 % interval spans "
+            f"{2 * _Z95 * np.sqrt(value):.2g} of the prior box; fix one of them, or add data that separate them."
+        )
+    matrix = correlation(cov)
+    for i in range(len(free.names)):
+        for j in range(i):
+            if abs(matrix[i, j]) > 0.9:
+                sign = "together" if matrix[i, j] > 0 else "in opposite directions"
+                notes.append(
+                    f"`{free.names[j]}` and `{free.names[i]}` can move {sign} at little cost "
+                    f"(correlation {matrix[i, j]:+.2f})."
+                )
+    return notes
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _combination(free: FreeParameters, members: list[int], vector: np.ndarray) -> str:
+    """The direction in the parameters' own units, per unit of its first member."""
+    steps = vector * np.asarray(free.width)
+    first = members[0]
+    parts = [f"`{free.names[first]}` + 1 {unit_of(free.names[first])}".rstrip()]
+    for k in members[1:]:
+        parts.append(f"`{free.names[k]}` {steps[k] / steps[first]:+.3g} {unit_of(free.names[k])}".rstrip())
+    return "(" + ", ".join(parts) + ")"
