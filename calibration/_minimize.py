@@ -69,6 +69,7 @@ def minimize(
     stage: Stage,
     *,
     each: Any = (),
+    active: Bool[Array, " starts"] | None = None,
     chunk: int = 10,
     on_progress: Callable[[int, Float[Array, " starts"]], None] | None = None,
 ) -> Minimum:
@@ -78,14 +79,16 @@ def minimize(
         loss: a module-level function (its identity keys the compiled program), differentiable in reverse mode.
         args: its data, a pytree; new values do not recompile.
         starts: initial points, unbounded coordinates.
+        active: starts to run (all by default); the others stay where they are, with loss NaN. One number of starts is one
+            compiled program, so a stage on the best few keeps the places of all.
         each: further data with a leading axis of starts, one slice for each.
         stage: optimizer and stopping rule.
         chunk: iterations between calls of `on_progress`.
         on_progress: called with the iterations done and the losses.
     """
-    walkers = _begin(stage, starts)
+    walkers = _begin(stage, starts, jnp.ones(len(starts), bool) if active is None else active)
     for done in range(0, stage.iterations, chunk):
-        walkers = _advance(loss, stage, min(chunk, stage.iterations - done), args, each, walkers)
+        walkers = _advance(loss, stage, jnp.asarray(min(chunk, stage.iterations - done)), args, each, walkers)
         if on_progress is not None:
             on_progress(min(done + chunk, stage.iterations), walkers.value)
         if bool(jnp.all(_finished(walkers))):
@@ -98,14 +101,14 @@ def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
 
 
 @eqx.filter_jit
-def _begin(stage: Stage, starts: Float[Array, "starts parameters"]) -> _Walker:
+def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool[Array, " starts"]) -> _Walker:
     state = jax.vmap(_optimizer(stage).init)(starts)
     zero = jnp.zeros(starts.shape[0], int)
-    return _Walker(starts, state, jnp.full(starts.shape[0], jnp.inf), zero, zero)
+    return _Walker(starts, state, jnp.where(active, jnp.inf, jnp.nan), zero, zero)
 
 
 @eqx.filter_jit
-def _advance(loss, stage: Stage, iterations: int, args, each, walkers: _Walker) -> _Walker:
+def _advance(loss, stage: Stage, iterations: Int[Array, ""], args, each, walkers: _Walker) -> _Walker:
     optimizer = _optimizer(stage)
 
     def one(walker_and_data) -> _Walker:

@@ -13,31 +13,34 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from calibration import uncertainty
 from calibration._minimize import Minimum, Stage, minimize
 from calibration.data import LoopTable
-from calibration.likelihood import Experiment, Prediction, log_likelihood, pearson_chi2, predict
+from calibration.likelihood import Experiment, Prediction, log_likelihood, log_likelihood_of, pearson_chi2, predict
 from calibration.parameters import FreeParameters, anchored
 from calibration.uncertainty import Estimate
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor
-from twin.memristor import Automatic, IonMemristor, planned
+from twin.memristor import Automatic, IonMemristor, coarsened, planned
 
 _SEARCH_ERROR = 1e-6
 # Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
 _SAME_VALUE, _SAME_PLACE = 0.1, 0.02
 _POLISHED = 3
+# Losses are log-likelihoods: 1e-5 nats is a 200th of a standard error.
+_EXPLORATION = Stage("adam", iterations=25, tolerance=1e-2, learning_rate=0.3)
+_DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-5)
 
 
 @dataclass(frozen=True)
 class Basin:
-    """A local optimum and how many starts found it."""
+    """A local optimum, how many starts found it, and which start came lowest."""
 
     log_likelihood: float
     starts: int
+    best_start: int
     values: dict[str, float]
 
 
@@ -114,15 +117,12 @@ def fit(
     parameters = FreeParameters.from_boxes(free)
     experiment = Experiment.from_table(table)
     fine = _ready(device, experiment, parameters)
-    coarse = fine
-    if isinstance(fine, IonMemristor) and isinstance(fine.method, StaticGrid) and fine.method.error < _SEARCH_ERROR:
-        coarse = dataclasses.replace(fine, method=StaticGrid(error=_SEARCH_ERROR), steps=None)
-        coarse = planned(coarse, parameters.boxes, detuning_set_hz=experiment.largest_detuning_hz)
+    coarse = coarsened(fine, _SEARCH_ERROR)
     points = parameters.unbounded(parameters.draw(jax.random.key(seed), starts))
     history: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
 
-    def search(name: str, twin: AbstractMemristor, points: Float[Array, "starts parameters"], stage: Stage) -> Minimum:
+    def search(name: str, twin: AbstractMemristor, points, stage: Stage, active=None) -> Minimum:
         began = time.perf_counter()
         history[name] = []
 
@@ -138,23 +138,23 @@ def fit(
         scales = jnp.broadcast_to(jnp.eye(points.shape[1]), (len(points), points.shape[1], points.shape[1]))
         if stage.optimizer == "lbfgs":
             scales = _scales(twin, experiment, parameters, points)
-        origins, args = jnp.zeros_like(points), (twin, experiment, parameters)
-        found = minimize(_loss, args, origins, stage, each=(points, scales), on_progress=report)
-        found = found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
-        jax.block_until_ready(found.points)
+        args = (twin, experiment, parameters)
+        each = (points, scales)
+        found = minimize(_loss, args, jnp.zeros_like(points), stage, each=each, active=active, on_progress=report)
         seconds[name] = time.perf_counter() - began
-        return found
+        return found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
 
-    rough = search("search", coarse, points, Stage("adam", 25, 1e-2, 0.3))
-    settled = search("descend", coarse, rough.points, Stage("lbfgs", 60, 1e-4))
+    rough = search("search", coarse, points, _EXPLORATION)
+    settled = search("descend", coarse, rough.points, _DESCENT)
     values = np.asarray(settled.values)
     if not np.any(np.isfinite(values)):
         return _failed(fine, parameters, experiment, "the likelihood is not finite from any start; "
                        "is there a count where the model allows none? Free the readout errors or widen the boxes.",
                        history, seconds)  # fmt: skip
     basins = _rank(parameters, settled)
-    best = jnp.stack([parameters.unbounded(_inside(parameters, b.values)) for b in basins[:_POLISHED]])
-    polished = search("polish", fine, best, Stage("lbfgs", 60, 1e-7))
+    best = np.zeros(starts, bool)
+    best[[basin.best_start for basin in basins[:_POLISHED]]] = True
+    polished = search("polish", fine, settled.points, _DESCENT, jnp.asarray(best))
     began = time.perf_counter()
     winner = int(np.nanargmin(np.asarray(polished.values)))
     optimum = np.asarray(parameters.bounded(polished.points[winner]))
@@ -183,25 +183,25 @@ def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
     return -log_likelihood(parameters.apply(device, values), experiment, own_window=own_window)
 
 
-@eqx.filter_jit
 def _scales(
     device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
 ) -> Float[Array, "starts n n"]:
     """Inverse square root of the Fisher information in unbounded coordinates, plus that of the uniform prior (3/pi^2)."""
-
-    def one(u):
+    scales = []
+    for u in points:
         values, slopes = jax.jvp(parameters.bounded, (u,), (jnp.ones_like(u),))
         information = uncertainty.fisher_information(device, experiment, parameters, values)
-        eigenvalues, vectors = jnp.linalg.eigh(slopes[:, None] * information * slopes)
-        return (vectors / jnp.sqrt(jnp.maximum(eigenvalues, 0.0) + 3 / jnp.pi**2)) @ vectors.T
+        scaled = np.asarray(slopes)[:, None] * np.asarray(information) * np.asarray(slopes)
+        eigenvalues, vectors = np.linalg.eigh(np.nan_to_num(scaled))
+        scales.append((vectors / np.sqrt(np.maximum(eigenvalues, 0.0) + 3 / np.pi**2)) @ vectors.T)
+    return jnp.asarray(np.stack(scales))
 
-    return lax.map(one, points)
 
-
-def _inside(parameters: FreeParameters, values: dict[str, float]) -> Float[Array, " parameters"]:
-    """Basin values kept off the very edge, where unbounded coordinates are infinite."""
-    share = (jnp.array(list(values.values())) - parameters.low) / parameters.width
-    return parameters.low + parameters.width * (1e-9 + (1 - 2e-9) * share)
+@eqx.filter_jit
+def _evaluate(device: AbstractMemristor, experiment: Experiment, own_window: bool):
+    prediction = predict(device, experiment, own_window=own_window)
+    value = log_likelihood_of(experiment, prediction)
+    return prediction, value, pearson_chi2(experiment, prediction)
 
 
 def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:
@@ -219,7 +219,7 @@ def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:
         else:
             groups.append([int(k)])
     return [
-        Basin(-float(values[g[0]]), len(g), dict(zip(parameters.names, places[g[0]].tolist(), strict=True)))
+        Basin(-float(values[g[0]]), len(g), g[0], dict(zip(parameters.names, places[g[0]].tolist(), strict=True)))
         for g in groups
     ]
 
@@ -235,7 +235,7 @@ def _conclude(
 ) -> FitResult:
     own_window = "window_cycles" in parameters.names
     calibrated = parameters.apply(device, jnp.asarray(optimum))
-    prediction = jax.jit(lambda d, e: predict(d, e, own_window=own_window))(calibrated, experiment)
+    prediction, value, chi2 = _evaluate(calibrated, experiment, own_window)
     information = np.asarray(uncertainty.fisher_information(device, experiment, parameters, jnp.asarray(optimum)))
     edge = uncertainty.at_edge(optimum, np.asarray(parameters.low), np.asarray(parameters.high))
     cov = uncertainty.covariance(information, np.asarray(parameters.width), edge)
@@ -250,7 +250,7 @@ def _conclude(
         if behind < 5:
             notes.append(f"Another basin lies only {behind:.2f} nats behind: the data hardly tell the two apart.")
     dof = experiment.n_data - len(parameters.names)
-    chi2 = float(pearson_chi2(experiment, prediction)) / dof if dof > 0 else float("nan")
+    chi2 = float(chi2) / dof if dof > 0 else float("nan")
     if dof > 0 and abs(chi2 - 1) > 5 * np.sqrt(2 / dof):
         notes.append(
             f"Pearson chi2/dof is {chi2:.2f}, more than five standard deviations from 1: the model does not describe these "
@@ -261,7 +261,7 @@ def _conclude(
         device=calibrated,
         parameters=found,
         covariance=cov,
-        log_likelihood=float(log_likelihood(calibrated, experiment, own_window=own_window)),
+        log_likelihood=float(value),
         chi2_per_dof=chi2,
         n_data=experiment.n_data,
         n_free=len(parameters.names),

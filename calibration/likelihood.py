@@ -68,6 +68,7 @@ class Experiment(eqx.Module):
         loops: rows of each loop in order, and its memory window (None: the device's own).
         x, y: the measured columns; None where the table lacks them.
         fed_x: measured input of each row for the feedback; NaN where not measured.
+        all_x_measured: no row of `fed_x` is NaN.
     """
 
     x_set: Float[Array, " rows"]
@@ -82,6 +83,7 @@ class Experiment(eqx.Module):
     x: Observations | None
     y: Observations | None
     fed_x: Float[Array, " rows"]
+    all_x_measured: bool = eqx.field(static=True)
 
     @classmethod
     def from_table(cls, table: LoopTable) -> "Experiment":
@@ -107,6 +109,7 @@ class Experiment(eqx.Module):
             x=x,
             y=_observations(table, "y"),
             fed_x=jnp.full(len(table), jnp.nan) if x is None else x.estimate(),
+            all_x_measured=x is not None and bool(np.all(x.measured)),
         )
 
     @property
@@ -162,30 +165,56 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
         experiment: the prepared table.
         own_window: use the device's `window_cycles` even where the table states one (a freed parameter).
     """
-    first = device.first(experiment.first_x_set, experiment.first_detuning_1_hz)
-    p_x = device.assigned(first.populations)[experiment.first_of]
-    if experiment.r_set is None:
-        if device.source == "command":
-            fed = experiment.x_set
-        elif device.source == "model":
-            fed = device.signal(first.populations)[experiment.first_of]
-        else:
-            fed = jnp.where(jnp.isfinite(experiment.fed_x), experiment.fed_x, p_x)
-        r = jnp.zeros_like(experiment.x_set)
-        for k, rows in enumerate(experiment.loops):
-            memory = device.memory
-            if experiment.windows is not None and not own_window:
-                memory = with_window(memory, experiment.windows[k])
-            r = r.at[rows].set(memory.filter(fed[rows]))
-    else:
-        r = experiment.r_set
-    second = device.both(experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz)
-    return Prediction(p_x, device.assigned(second.populations), r, first.valid[experiment.first_of] & second.valid)
+    ones = jnp.ones(experiment.first_x_set.shape, bool)
+    settings = (experiment.first_x_set, jnp.zeros(ones.shape), experiment.first_detuning_1_hz, jnp.zeros(ones.shape))
+    r = _known_transfers(device, experiment, own_window)
+    if r is None:
+        first = device.respond(*settings, alone=True)
+        p_x, x = (device.assigned(first.populations), device.signal(first.populations))
+        p_x, x = p_x[experiment.first_of], x[experiment.first_of]
+        fed = x if device.source == "model" else jnp.where(jnp.isfinite(experiment.fed_x), experiment.fed_x, p_x)
+        r = _transfers(device, experiment, fed, own_window)
+        second = device.respond(experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz, alone=False)
+        valid = first.valid[experiment.first_of] & second.valid
+        return Prediction(p_x, device.assigned(second.populations), r, valid)
+    # All transfers are known beforehand: both kinds of run are one batch.
+    rows = (experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz)
+    alone = jnp.concatenate([ones, jnp.zeros(experiment.x_set.shape, bool)])
+    every = device.respond(*(jnp.concatenate(pair) for pair in zip(settings, rows, strict=True)), alone=alone)
+    p, split = device.assigned(every.populations), len(ones)
+    valid = every.valid[:split][experiment.first_of] & every.valid[split:]
+    return Prediction(p[:split][experiment.first_of], p[split:], r, valid)
+
+
+def _known_transfers(device: AbstractMemristor, experiment: Experiment, own_window: bool) -> Float[Array, " rows"] | None:
+    """Transfers that do not depend on the model's own inputs; None if they do."""
+    if experiment.r_set is not None:
+        return experiment.r_set
+    if device.source == "command":
+        return _transfers(device, experiment, experiment.x_set, own_window)
+    if device.source == "measured" and experiment.all_x_measured:
+        return _transfers(device, experiment, experiment.fed_x, own_window)
+    return None
+
+
+def _transfers(device: AbstractMemristor, experiment: Experiment, fed, own_window: bool) -> Float[Array, " rows"]:
+    """The memory applied to each loop's own inputs."""
+    r = jnp.zeros_like(experiment.x_set)
+    for k, rows in enumerate(experiment.loops):
+        memory = device.memory
+        if experiment.windows is not None and not own_window:
+            memory = with_window(memory, experiment.windows[k])
+        r = r.at[rows].set(memory.filter(fed[rows]))
+    return r
 
 
 def log_likelihood(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Float[Array, ""]:
     """Log-likelihood of a table under a device, nats; differentiable in every parameter."""
-    prediction = predict(device, experiment, own_window=own_window)
+    return log_likelihood_of(experiment, predict(device, experiment, own_window=own_window))
+
+
+def log_likelihood_of(experiment: Experiment, prediction: Prediction) -> Float[Array, ""]:
+    """Log-likelihood of a table under predicted probabilities, nats."""
     total = jnp.zeros(())
     if experiment.x is not None:
         total = total + experiment.x.log_likelihood(prediction.p_x)

@@ -6,7 +6,6 @@ input is wrong, 130 interrupted. Text for people goes to stderr; stdout carries 
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -214,13 +213,17 @@ def _prepare_jax() -> None:
     cache = platformdirs.user_cache_path("iontwin", appauthor=False) / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # XLA reports its own simplifier as errors; they are none of a user's business.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _pipeline(module: str, function: str, *arguments: Any) -> Any:
     """Call a pipeline; what it prints goes to stderr, so that stdout holds answers only."""
+    from experiments.provenance import timed_import
+
     _prepare_jax()
     with contextlib.redirect_stdout(sys.stderr):
-        return getattr(importlib.import_module(f"experiments.{module}"), function)(*arguments)
+        return getattr(timed_import(f"experiments.{module}"), function)(*arguments)
 
 
 @contextlib.contextmanager
@@ -228,7 +231,7 @@ def _run_folder(out: Path, replace: bool, config_toml: str) -> Generator[Any, No
     """The run folder; a run that fails while it computes keeps its folder, with the reason."""
     from experiments.records import RESULT, RunFolder
 
-    reason = ""
+    reason, unexpected = "", None
     with RunFolder(out, replace=replace) as folder:
         folder.write_config(config_toml)
         try:
@@ -238,6 +241,14 @@ def _run_folder(out: Path, replace: bool, config_toml: str) -> Generator[Any, No
             folder.log(f"failed: {reason}")
             if not (folder.work / RESULT).exists():
                 folder.write_result({"status": f"failed: {reason}"})
+        except Exception as error:
+            # What was computed is not thrown away because its report, say, could not be drawn.
+            if not (folder.work / RESULT).exists():
+                raise
+            folder.log(f"the result stands, but what follows it failed: {error!r}")
+            unexpected = error
+    if unexpected is not None:
+        raise unexpected
     if reason:
         raise Failure(f"{_first_line(reason)} (see {out})")
 

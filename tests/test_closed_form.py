@@ -54,7 +54,9 @@ def populations(amplitudes):
     ],
 )
 def test_direct_integration_gives_the_reference_populations(start, theta, separation, expected):
-    np.testing.assert_allclose(populations(integrate(theta, theta, separation, start=start)), expected, atol=1e-8)
+    np.testing.assert_allclose(
+        populations(integrate(theta, theta, separation, start=start)), expected, rtol=0, atol=1e-8
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pulse areas
@@ -90,7 +92,7 @@ def test_set_area_and_back():
 def test_set_area_has_derivative_one_in_the_population():
     derivative = jax.vmap(jax.grad(lambda x: jnp.sin(cf.set_area(x) / 2) ** 2))
     x = jnp.concatenate([10.0 ** -jnp.arange(1, 11), 1 - 10.0 ** -jnp.arange(1, 11), jnp.linspace(0.01, 0.99, 50)])
-    np.testing.assert_allclose(derivative(x), 1.0, atol=1e-10)
+    np.testing.assert_allclose(derivative(x), 1.0, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])
@@ -122,10 +124,10 @@ def test_memristor_set_point():
 def test_separated_pulses_against_integration(start):
     theta_1, theta_2 = np.random.default_rng(0).uniform(0.05, 2 * np.pi, size=(2, 30))
     exact = integrate(theta_1, theta_2, 13.0, sigma_2=1.3, start=start, phases=(0.4, -1.1))
-    np.testing.assert_allclose(cf.separated_amplitudes(theta_1, theta_2, start, 0.4, -1.1), exact, atol=1e-10)
+    np.testing.assert_allclose(cf.separated_amplitudes(theta_1, theta_2, start, 0.4, -1.1), exact, rtol=0, atol=1e-10)
     closed = np.array(cf.separated_populations(theta_1, theta_2, start))
-    np.testing.assert_allclose(closed, populations(exact), atol=1e-10)
-    np.testing.assert_allclose(closed.sum(axis=0), 1, atol=1e-14)
+    np.testing.assert_allclose(closed, populations(exact), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(closed.sum(axis=0), 1, rtol=0, atol=1e-14)
 
 
 @STARTS
@@ -133,7 +135,7 @@ def test_separated_pulses_resolved_in_time(start):
     t = np.linspace(-5, 18, 47)
     exact = populations(integrate(2.2, 1.9, 13.0, start=start, times=t)).T
     now = cf.partial_area(t, 2.2, 0.0, 1.0), cf.partial_area(t, 1.9, 13.0, 1.0)
-    np.testing.assert_allclose(cf.separated_populations(*now, start), exact, atol=2e-10)
+    np.testing.assert_allclose(cf.separated_populations(*now, start), exact, rtol=0, atol=2e-10)
 
 
 @STARTS
@@ -143,7 +145,9 @@ def test_populations_are_the_squares_of_amplitudes(start):
         (cf.separated_amplitudes, cf.separated_populations),
         (cf.simultaneous_amplitudes, cf.simultaneous_populations),
     ):
-        np.testing.assert_allclose(populations(amplitude(a, b, start, 0.3, 1.2)), population(a, b, start), atol=1e-15)
+        np.testing.assert_allclose(
+            populations(amplitude(a, b, start, 0.3, 1.2)), population(a, b, start), rtol=0, atol=1e-15
+        )
 
 
 def test_derivatives_of_the_output():
@@ -198,8 +202,8 @@ def test_leading_law_of_the_error(overlap_errors, separation, widths, start):
     pair, error = overlap_errors
     measured = error(separation, start, widths)
     law = np.asarray(cf.overlap_error(*pair, separation, *widths, start))
-    np.testing.assert_allclose(measured[1], law, atol=0.03 * np.abs(law).max())
-    np.testing.assert_allclose(measured[2], -law, atol=0.05 * np.abs(law).max())  # P_m changes by the opposite
+    np.testing.assert_allclose(measured[1], law, rtol=0, atol=0.03 * np.abs(law).max())
+    np.testing.assert_allclose(measured[2], -law, rtol=0, atol=0.05 * np.abs(law).max())  # P_m changes by the opposite
     assert np.abs(measured[0]).max() < 0.05 * np.abs(law).max()  # P_v less
     assert np.sign(law[4, 4]) == (1 if start == "v" else -1)
 
@@ -233,15 +237,19 @@ def test_separation_for_a_relative_error_of_three_in_ten_thousand():
 
 def test_two_simultaneous_pi_pulses():
     expected = (0.0388681487, 0.3165638355, 0.6445680158)
-    np.testing.assert_allclose(cf.simultaneous_populations(np.pi, np.pi), expected, atol=1e-8)
+    np.testing.assert_allclose(cf.simultaneous_populations(np.pi, np.pi), expected, rtol=0, atol=1e-8)
 
 
 @STARTS
 def test_simultaneous_pulses_against_integration(start):
     theta_1, theta_2 = np.random.default_rng(1).uniform(0, 2 * np.pi, size=(2, 30))
     exact = integrate(theta_1, theta_2, 0.0, start=start, phases=(0.4, -1.1))
-    np.testing.assert_allclose(cf.simultaneous_amplitudes(theta_1, theta_2, start, 0.4, -1.1), exact, atol=1e-11)
-    np.testing.assert_allclose(cf.simultaneous_populations(theta_1, theta_2, start), populations(exact), atol=1e-11)
+    np.testing.assert_allclose(
+        cf.simultaneous_amplitudes(theta_1, theta_2, start, 0.4, -1.1), exact, rtol=0, atol=1e-11
+    )
+    np.testing.assert_allclose(
+        cf.simultaneous_populations(theta_1, theta_2, start), populations(exact), rtol=0, atol=1e-11
+    )
 
 
 @STARTS
@@ -251,15 +259,17 @@ def test_simultaneous_pulses_at_vanishing_areas(start):
 
     # To fourth order P_s = theta_1^2/4 from v and 1 - (theta_1^2 + theta_2^2)/4 from s: all derivatives exist at zero.
     np.testing.assert_array_equal(y(jnp.zeros(2)), [1, 0, 0] if start == "v" else [0, 1, 0])
-    np.testing.assert_allclose(jax.jacrev(y)(jnp.zeros(2)), 0, atol=1e-15)
+    np.testing.assert_allclose(jax.jacrev(y)(jnp.zeros(2)), 0, rtol=0, atol=1e-15)
     curvature = jax.hessian(lambda a: y(a)[1])(jnp.zeros(2))
-    np.testing.assert_allclose(curvature, [[0.5, 0], [0, 0]] if start == "v" else [[-0.5, 0], [0, -0.5]], atol=1e-14)
+    np.testing.assert_allclose(
+        curvature, [[0.5, 0], [0, 0]] if start == "v" else [[-0.5, 0], [0, -0.5]], rtol=0, atol=1e-14
+    )
     # Both sides of the change between the series and the sine, for each of the two that enter.
     for theta in (np.sqrt(0.05) * 2, np.sqrt(0.05) * 4):
         for factor in (1 - 1e-9, 1 + 1e-9):
             p = np.sin(theta * factor / 2) ** 2
             expected = [1 - p, p, 0] if start == "v" else [p, 1 - p, 0]
-            np.testing.assert_allclose(y(jnp.array([theta * factor, 0.0])), expected, atol=1e-15)
+            np.testing.assert_allclose(y(jnp.array([theta * factor, 0.0])), expected, rtol=0, atol=1e-15)
 
 
 # ------------------------------------------------------------------------------------------------ imperfections
@@ -311,10 +321,10 @@ def test_thermal_populations(start):
     got = cf.thermal_populations(*theta, *eta, n_bar, start)
 
     linear = cf.separated_populations(*(b * (1 - e**2 * n) for b, e in zip(bare, eta, strict=True)), start)
-    np.testing.assert_allclose(got, [np.sum(p_n * np.asarray(p)) for p in linear], atol=1e-13)
+    np.testing.assert_allclose(got, [np.sum(p_n * np.asarray(p)) for p in linear], rtol=0, atol=1e-13)
     laguerre = cf.separated_populations(*(b * eval_laguerre(n, e**2) for b, e in zip(bare, eta, strict=True)), start)
     neglected = sum(b * (e**2 * n_bar) ** 2 / 2 for b, e in zip(bare, eta, strict=True))
-    np.testing.assert_allclose(got, [np.sum(p_n * np.asarray(p)) for p in laguerre], atol=neglected / 2)
+    np.testing.assert_allclose(got, [np.sum(p_n * np.asarray(p)) for p in laguerre], rtol=0, atol=neglected / 2)
     assert float(sum(got)) == pytest.approx(1, abs=1e-14)
     # The joint average is not the product of the averages.
     x = cf.thermal_populations(theta[0], 0.0, *eta, n_bar, start)[1]
@@ -329,7 +339,10 @@ def test_thermal_populations(start):
 @STARTS
 def test_cold_ion_has_no_thermal_average(start):
     np.testing.assert_allclose(
-        cf.thermal_populations(1.3, 2.1, 0.0, 0.0, 20.0, start), cf.separated_populations(1.3, 2.1, start), atol=1e-15
+        cf.thermal_populations(1.3, 2.1, 0.0, 0.0, 20.0, start),
+        cf.separated_populations(1.3, 2.1, start),
+        rtol=0,
+        atol=1e-15,
     )
 
 
@@ -341,22 +354,24 @@ def test_output_state_is_amplitude_damping():
     psi = np.array([np.sqrt(1 - x), np.exp(1j * phase) * np.sqrt(x)])
     kraus = np.diag([1, np.sqrt(1 - r)]), np.array([[0, np.sqrt(r)], [0, 0]])
     expected = sum(k @ np.outer(psi, psi.conj()) @ k.T for k in kraus)
-    np.testing.assert_allclose(cf.output_state(x, r, phase), expected, atol=1e-15)
+    np.testing.assert_allclose(cf.output_state(x, r, phase), expected, rtol=0, atol=1e-15)
     # The same from the amplitudes of the ion: m goes to v without coherence.
     c_v, c_s, c_m = (complex(c) for c in cf.separated_amplitudes(cf.set_area(x), cf.set_area(r), "v", 0.2, 1.0))
     repumped = np.outer([c_v, c_s], np.conj([c_v, c_s])) + np.diag([abs(c_m) ** 2, 0])
-    np.testing.assert_allclose(cf.output_state(x, r, -0.2 - np.pi / 2), repumped, atol=1e-15)
+    np.testing.assert_allclose(cf.output_state(x, r, -0.2 - np.pi / 2), repumped, rtol=0, atol=1e-15)
 
 
 def test_purity_and_coherence_of_the_output():
     x, r = np.linspace(0, 1, 11)[:, None], np.linspace(0, 1, 9)
     rho = np.moveaxis(np.asarray(cf.output_state(x, r, 0.3)), (0, 1), (-2, -1))
     assert rho.shape == (11, 9, 2, 2)
-    np.testing.assert_allclose(np.trace(rho @ rho, axis1=-2, axis2=-1), cf.output_purity(x, r), atol=1e-12)
-    np.testing.assert_allclose(cf.output_purity(x, r), 1 - 2 * r * (1 - r) * x**2, atol=1e-12)
-    np.testing.assert_allclose(np.abs(rho[..., 0, 1]) + np.abs(rho[..., 1, 0]), cf.output_coherence(x, r), atol=1e-15)
-    np.testing.assert_allclose(cf.output_coherence(x, r), 2 * np.sqrt(x * (1 - x) * (1 - r)), atol=1e-15)
-    np.testing.assert_allclose(np.trace(rho, axis1=-2, axis2=-1), 1, atol=1e-15)
+    np.testing.assert_allclose(np.trace(rho @ rho, axis1=-2, axis2=-1), cf.output_purity(x, r), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(cf.output_purity(x, r), 1 - 2 * r * (1 - r) * x**2, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        np.abs(rho[..., 0, 1]) + np.abs(rho[..., 1, 0]), cf.output_coherence(x, r), rtol=0, atol=1e-15
+    )
+    np.testing.assert_allclose(cf.output_coherence(x, r), 2 * np.sqrt(x * (1 - x) * (1 - r)), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(np.trace(rho, axis1=-2, axis2=-1), 1, rtol=0, atol=1e-15)
     assert np.linalg.eigvalsh(rho).min() > -1e-15
 
 

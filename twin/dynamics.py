@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twin import grid as grids
-from twin.batching import batch_shape, broadcast_batch, is_traced, physical, real_array
+from twin.batching import batch_shape, broadcast_batch, check_values, is_traced, physical, real_array
 from twin.levels import LevelSystem
 from twin.master_equation import lindblad_rhs, pack_density, schroedinger_rhs
 from twin.pulses import AbstractPulse, Drive
@@ -26,19 +26,22 @@ class StaticGrid(eqx.Module):
 
     Args:
         error: largest population error aimed at; lanes that need more steps than there are become NaN and are flagged.
-        steps: number of steps. None lays it from the values at hand, which must then be known (outside `jit`); give
-            a number (`twin.grid.plan_steps` over the largest values) where they are traced.
+        steps: length of the compiled program. None lays it from the values at hand, which must then be known (outside
+            `jit`); give a number (`twin.grid.plan_steps` over the largest values) where they are traced.
+        finest: the error for which `steps` were laid, if `error` is larger: then only a share of them is walked, and
+            `error` may change without compiling again.
         differentiation: "reverse" for `jax.grad` (one state a step is kept, stages are recomputed), "forward" for
             `jax.jvp` and `jax.jacfwd`.
     """
 
-    error: float = eqx.field(static=True, default=1e-8)
+    error: Float[Array, ""] = physical(default=1e-8)
     steps: int | None = eqx.field(static=True, default=None)
+    finest: float | None = eqx.field(static=True, default=None)
     differentiation: str = eqx.field(static=True, default="reverse")
 
     def __check_init__(self):
-        if not 1e-13 <= self.error <= 1e-3:
-            raise ValueError(f"`error` must lie between 1e-13 and 1e-3, but is {self.error}; the default is 1e-8.")
+        within = "between 1e-13 and 1e-3"
+        check_values("error", self.error, lambda v: (v >= 1e-13) & (v <= 1e-3), within, "the default is 1e-8")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, but is {self.steps}; None lays the number from the pulses.")
         if self.differentiation not in ("reverse", "forward"):
@@ -108,7 +111,7 @@ def evolve(
     start: str | np.ndarray,
     window_s: tuple,
     save_s=None,
-    method: StaticGrid | Adaptive = StaticGrid(),
+    method: StaticGrid | Adaptive | None = None,
 ) -> Solution:
     """Evolves a level graph under its pulses: Schrödinger if it is closed and starts pure, else Lindblad.
 
@@ -120,7 +123,7 @@ def evolve(
 
     Other arguments:
         save_s: times to save, s, shape (saves,) or (saves, *batch), inside the window; None saves the end.
-        method: `StaticGrid` or `Adaptive`.
+        method: `StaticGrid()` (default) or `Adaptive()`.
 
     Returns:
         A `Solution`, batch axes last.
@@ -134,6 +137,7 @@ def evolve(
             "64-bit JAX is switched off, which this solver needs; set JAX_ENABLE_X64=1, "
             "or call jax.config.update('jax_enable_x64', True) before the first array."
         )
+    method = StaticGrid() if method is None else method
     if len(pulses) > len(system.couplings):
         raise ValueError(f"{len(pulses)} pulses for {len(system.couplings)} couplings; give at most one pulse a coupling.")
     system = dataclasses.replace(system, couplings=system.couplings[: len(pulses)])
@@ -158,7 +162,9 @@ def evolve(
         bound = jnp.full(shape, jnp.nan)
     else:
         t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=save_s is None)
-    seen = jnp.all(coverage >= grids.MIN_COVERAGE, axis=0)
+    # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
+    silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
+    seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent).reshape(coverage.shape), axis=0)
     if shape == ():
         state = _refuse(state, ~seen, _NOT_SEEN)
         state = _refuse(state, ~success, _TOO_COARSE if isinstance(method, StaticGrid) else _NOT_SOLVED)
@@ -205,17 +211,18 @@ def _solve_grid(problem: _Problem, shape: tuple[int, ...], method: StaticGrid, a
     system, pulses, window = problem.system, problem.pulses, problem.window_s
     steps = method.steps
     if steps is None:
-        if is_traced(problem):
+        if is_traced(problem, method):
             raise ValueError(
                 "the number of steps cannot be laid from traced values; give `StaticGrid(steps=...)`, "
                 "with the number from `plan_steps` over the box of values that will occur."
             )
-        steps = grids.plan_steps(system, pulses, window, method.error, shape) + problem.save_s.shape[0]
+        steps = grids.plan_steps(system, pulses, window, float(method.error), shape) + problem.save_s.shape[0]
     saves = None if at_end else problem.save_s
-    plan = grids.lay(system, pulses, window, steps, shape, saves)
+    share = 1.0 if method.finest is None else grids.coarser_share(method.error, method.finest)
+    plan = grids.lay(system, pulses, window, steps, share, shape, saves)
     t_s, state = _integrate(
         grids.GridDopri8(plan.grid, method.differentiation == "reverse"),
-        (0.0, float(steps), 1.0),
+        (0.0, plan.walked.astype(float), 1.0),
         problem,
         diffrax.SaveAt(t1=True) if at_end else diffrax.SaveAt(t0=True, steps=True),
         diffrax.ConstantStepSize(),

@@ -62,6 +62,7 @@ class Plan(NamedTuple):
     """A grid and what can be said of it before solving."""
 
     grid: Grid
+    walked: Int[Array, ""]
     t_s: Float[Array, "points ..."]
     action_per_step: Float[Array, "..."]
     coverage: Int[Array, "pulses ..."]
@@ -104,25 +105,31 @@ def lay(
     pulses: tuple[AbstractPulse, ...],
     window_s: tuple[Float[Array, "..."], Float[Array, "..."]],
     steps: int,
+    share: Float[Array, ""] | float,
     shape: tuple[int, ...],
     save_s: Float[Array, "saves ..."] | None = None,
 ) -> Plan:
-    """Lays `steps` steps a lane. Derivatives flow through the knots; the allotment of steps has none."""
+    """Lays a grid in each lane. Derivatives flow through the knots; the allotment of steps has none.
+
+    `steps` is the static length of the program. It walks the `share` in (0, 1] of them that a coarser error needs; the
+    share is traced, so that a search and its polish are one program.
+    """
     knot = knots(pulses, window_s, shape, save_s)
     segments = knot.shape[0] - 1
     left, right = lax.stop_gradient(knot[:-1]), lax.stop_gradient(knot[1:])
     actions = (right - left) * _density(system, pulses, 0.5 * (left + right))
     cumulative = jnp.cumsum(actions, axis=0)
     # Every segment has one step; the others go where the action is. Floors of a cumulative sum always add up.
-    share = cumulative / cumulative[-1]
-    ends = jnp.arange(1, segments + 1).reshape((-1,) + (1,) * len(shape)) + jnp.floor((steps - segments) * share)
-    ends = jnp.where(jnp.isfinite(ends), ends, 0).astype(int).at[-1].set(steps)
+    walked = segments + jnp.ceil((steps - segments) * share).astype(int)
+    part = cumulative / cumulative[-1]
+    ends = jnp.arange(1, segments + 1).reshape((-1,) + (1,) * len(shape)) + jnp.floor((walked - segments) * part)
+    ends = jnp.where(jnp.isfinite(ends), ends, 0).astype(int).at[-1].set(walked)
     knot_index = jnp.concatenate([jnp.zeros((1, *shape), int), ends])
     grid = Grid(knot, knot_index)
     t_s = lax.stop_gradient(jax.vmap(grid.point)(jnp.arange(steps + 1)))
     # An integer allotment can leave a segment with coarser steps than the mean: judge the worst one.
     per_step = jnp.max(actions / jnp.maximum(jnp.diff(knot_index, axis=0), 1), axis=0)
-    return Plan(grid, t_s, per_step, coverage(pulses, t_s))
+    return Plan(grid, walked, t_s, per_step, coverage(pulses, t_s))
 
 
 def _density(system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -149,7 +156,12 @@ def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."])
     return jnp.stack(counts)
 
 
-def allowed_action(error: float) -> float:
+def coarser_share(error, finest: float) -> Float[Array, ""]:
+    """Share of the steps laid for the error `finest` that a larger `error` needs."""
+    return jnp.minimum(1.0, (finest / error) ** (1 / ORDER))
+
+
+def allowed_action(error):
     """Action a step may take for a population error, from the measured constant and the order of the method."""
     return ACTION_PER_STEP * (error / 1e-8) ** (1 / ORDER)
 

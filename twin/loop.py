@@ -54,18 +54,19 @@ class AbstractMemristor(eqx.Module):
         """The device with everything decided that must be decided from values (method, grid); traced values pass."""
 
     @abc.abstractmethod
-    def first(self, x_set: Float[Array, "..."], detuning_1_set_hz: Float[Array, "..."]) -> Response:
-        """Pulse 1 alone, read out after it."""
-
-    @abc.abstractmethod
-    def both(
+    def respond(
         self,
         x_set: Float[Array, "..."],
         r_set: Float[Array, "..."],
         detuning_1_set_hz: Float[Array, "..."],
         detuning_2_set_hz: Float[Array, "..."],
+        *,
+        alone: bool | Bool[Array, "..."],
     ) -> Response:
-        """Both pulses, read out after the second."""
+        """Independent cycles. Where `alone`, pulse 1 is played alone and read out after it; else both pulses are.
+
+        An array mixes both kinds of run in one batch, which compiles and runs once.
+        """
 
     @abc.abstractmethod
     def signal(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
@@ -155,12 +156,14 @@ def run(
 @eqx.filter_jit
 def _run(device: AbstractMemristor, x_set, r_set, d1, d2, shots, key) -> Loop:
     keys = (None, None) if key is None else tuple(jax.random.split(key))
-    first, p_x, n_x = _measure(device, device.first(x_set, d1), shots, keys[0])
+    first = device.respond(x_set, jnp.zeros_like(x_set), d1, d2, alone=True)
+    p_x, n_x = _measure(device, first, shots, keys[0])
     if r_set is None:
         r = device.memory.filter(_feedback(device, x_set, device.signal(first.populations), p_x, n_x, shots))
     else:
         r = r_set
-    second, p_y, n_y = _measure(device, device.both(x_set, r, d1, d2), shots, keys[1])
+    second = device.respond(x_set, r, d1, d2, alone=False)
+    p_y, n_y = _measure(device, second, shots, keys[1])
     return _loop(device, x_set, r, first, second, (p_x, p_y), (n_x, n_y))
 
 
@@ -183,8 +186,9 @@ def _stream(device: AbstractMemristor, state, x_set, d1, d2) -> Loop:
     def cycle(state, setting):
         x_k, d1_k, d2_k = setting
         r_k = device.memory.read(state)
-        first, p_x, _ = _measure(device, device.first(x_k, d1_k), None, None)
-        second, p_y, _ = _measure(device, device.both(x_k, r_k, d1_k, d2_k), None, None)
+        first = device.respond(x_k, jnp.zeros_like(x_k), d1_k, d2_k, alone=True)
+        second = device.respond(x_k, r_k, d1_k, d2_k, alone=False)
+        p_x, p_y = device.assigned(first.populations), device.assigned(second.populations)
         fed = _feedback(device, x_k, device.signal(first.populations), p_x, None, None)
         return device.memory.update(state, fed), (r_k, first, second, p_x, p_y)
 
@@ -201,7 +205,7 @@ def sine_input(*, periods: int, cycles_per_period: int) -> Float[Array, " cycles
 
 def _measure(device: AbstractMemristor, response: Response, shots, key):
     p = device.assigned(response.populations)
-    return response, p, None if key is None else sample_counts(key, p, shots)
+    return p, None if key is None else sample_counts(key, p, shots)
 
 
 def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Array, "..."]:

@@ -92,7 +92,7 @@ class IonMemristor(AbstractMemristor):
     memory: AbstractMemory
     source: str = eqx.field(static=True, default="measured")
     scheme: str = eqx.field(static=True, default="lambda")
-    method: ClosedForm | StaticGrid | Adaptive | Automatic = StaticGrid()
+    method: ClosedForm | StaticGrid | Adaptive | Automatic = eqx.field(default_factory=StaticGrid)
     steps: tuple[int, int] | None = eqx.field(static=True, default=None)
     phonon_nodes: int = eqx.field(static=True, default=1)
     rabi_scale_1: Float[Array, "..."] = physical(default=1.0)
@@ -159,15 +159,32 @@ class IonMemristor(AbstractMemristor):
         if undecided and not is_traced(device, detuning_1_set_hz, detuning_2_set_hz):
             largest = max(float(jnp.max(jnp.abs(d))) for d in (detuning_1_set_hz, detuning_2_set_hz))
             # The grid is laid for full areas and rounded up generously: nearby values share one compiled program.
-            steps = plan_steps(device, {}, detuning_set_hz=largest, error=device.method.error)
+            steps = plan_steps(device, {}, detuning_set_hz=largest, error=float(device.method.error))
             device = dataclasses.replace(device, steps=tuple(_round_up(n) for n in steps))
         return device
 
-    def first(self, x_set, detuning_1_set_hz) -> Response:
-        return self._respond(x_set, None, detuning_1_set_hz, jnp.zeros_like(x_set))
-
-    def both(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz) -> Response:
-        return self._respond(x_set, r_set, detuning_1_set_hz, detuning_2_set_hz)
+    def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone) -> Response:
+        theta_1, theta_2 = self.areas(x_set, r_set)
+        factor_1, factor_2, weights = self._factors()
+        # Phonon numbers are the first batch axis, cycles follow; one number needs no axis.
+        spread = () if self.phonon_nodes == 1 else (-1,) + (1,) * jnp.ndim(x_set)
+        theta_1, theta_2 = factor_1.reshape(spread) * theta_1, factor_2.reshape(spread) * theta_2
+        theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
+        if isinstance(self.method, ClosedForm):
+            response = self._closed_form(theta_1, theta_2)
+        elif isinstance(self.method, Automatic):
+            raise ValueError("`Automatic` is decided by `run` and `prepared`; here name ClosedForm() or StaticGrid().")
+        else:
+            response = self._solve(self.method, theta_1, theta_2, detuning_1_set_hz, detuning_2_set_hz, alone)
+        if self.phonon_nodes == 1:
+            return response
+        return Response(
+            jnp.tensordot(weights, jnp.moveaxis(response.populations, 1, 0), 1),
+            jnp.tensordot(weights, jnp.moveaxis(response.coherence_vs, 1, 0), 1),
+            jnp.all(response.valid, axis=0),
+            jnp.max(response.error_estimate, axis=0),
+            response.method,
+        )
 
     def signal(self, populations) -> Float[Array, "..."]:
         return populations[1]
@@ -222,35 +239,10 @@ class IonMemristor(AbstractMemristor):
             return (first,)
         return first, Gaussian.from_area(theta_2, center_s=self.separation_s, sigma_s=self.sigma_2_s)
 
-    def _window(self, both: bool) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return -self.lead_s, self.tail_s + (self.separation_s if both else 0.0)
+    def _window(self, alone) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return -self.lead_s, self.tail_s + jnp.where(alone, 0.0, self.separation_s)
 
     # ------------------------------------------------------------------------------------------------ solving
-
-    def _respond(self, x_set, r_set, d1, d2) -> Response:
-        method = self.method
-        theta_1, theta_2 = self.areas(x_set, jnp.zeros_like(x_set) if r_set is None else r_set)
-        factor_1, factor_2, weights = self._factors()
-        # Phonon numbers are the first batch axis, cycles follow; one number needs no axis.
-        spread = (-1,) + (1,) * jnp.ndim(x_set)
-        if self.phonon_nodes == 1:
-            theta_1, theta_2 = factor_1[0] * theta_1, factor_2[0] * theta_2
-        else:
-            theta_1, theta_2 = factor_1.reshape(spread) * theta_1, factor_2.reshape(spread) * theta_2
-        if isinstance(method, ClosedForm):
-            response = self._closed_form(theta_1, None if r_set is None else theta_2)
-        else:
-            response = self._solve(method, theta_1, None if r_set is None else theta_2, d1, d2)
-        if self.phonon_nodes == 1:
-            return response
-        mean = lambda a, axis: jnp.tensordot(weights, jnp.moveaxis(a, axis, 0), 1)  # noqa: E731
-        return Response(
-            mean(response.populations, 1),
-            mean(response.coherence_vs, 1),
-            jnp.all(response.valid, axis=0),
-            jnp.max(response.error_estimate, axis=0),
-            response.method,
-        )
 
     def _closed_form(self, theta_1, theta_2) -> Response:
         amplitudes = separated_amplitudes(theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
@@ -266,15 +258,14 @@ class IonMemristor(AbstractMemristor):
             "closed form",
         )
 
-    def _solve(self, method: StaticGrid | Adaptive, theta_1, theta_2, d1, d2) -> Response:
-        both = theta_2 is not None
+    def _solve(self, method: StaticGrid | Adaptive, theta_1, theta_2, d1, d2, alone) -> Response:
         if isinstance(method, StaticGrid) and method.steps is None and self.steps is not None:
-            method = dataclasses.replace(method, steps=self.steps[1 if both else 0])
+            method = dataclasses.replace(method, steps=self.steps[0 if alone is True else 1])
         solution: Solution = evolve(
             self.system(d1, d2),
             self.pulses(theta_1, theta_2),
             start=self._scheme.start,
-            window_s=self._window(both),
+            window_s=self._window(alone),
             method=method,
         )
         n = len(self._scheme.levels)
@@ -355,7 +346,7 @@ def plan_steps(
     steps = []
     for second, couplings in ((None, 1), (theta_2, 2)):
         part = dataclasses.replace(system, couplings=system.couplings[:couplings])
-        pulses, window = spread.pulses(theta_1, second), spread._window(second is not None)
+        pulses, window = spread.pulses(theta_1, second), spread._window(second is None)
         steps.append(grids.plan_steps(part, pulses, window, error, batch_shape(part, pulses, window)))
     return steps[0], steps[1]
 
@@ -364,8 +355,16 @@ def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: 
     """The device with its grid planned for a box, so that values in it may be traced; others pass unchanged."""
     if not isinstance(device, IonMemristor) or not isinstance(device.method, StaticGrid):
         return device
-    steps = plan_steps(device, box, detuning_set_hz=detuning_set_hz, error=device.method.error)
-    return dataclasses.replace(device, steps=steps)
+    error = float(device.method.error)
+    steps = plan_steps(device, box, detuning_set_hz=detuning_set_hz, error=error)
+    return dataclasses.replace(device, steps=steps, method=dataclasses.replace(device.method, finest=error))
+
+
+def coarsened(device, error: float):
+    """A planned device at a larger solver error: fewer steps of the same compiled program; others pass unchanged."""
+    if not isinstance(device, IonMemristor) or not isinstance(device.method, StaticGrid):
+        return device
+    return dataclasses.replace(device, method=dataclasses.replace(device.method, error=jnp.asarray(error, float)))
 
 
 class PhotonicMemristor(AbstractMemristor):
@@ -395,12 +394,10 @@ class PhotonicMemristor(AbstractMemristor):
         del x_set, detuning_1_set_hz, detuning_2_set_hz
         return self
 
-    def first(self, x_set, detuning_1_set_hz) -> Response:
-        return self.both(x_set, jnp.zeros_like(x_set), detuning_1_set_hz, detuning_1_set_hz, loss=0.0)
-
-    def both(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, loss=None) -> Response:
+    def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone) -> Response:
         del detuning_1_set_hz, detuning_2_set_hz  # a beam splitter has no line
-        kept = (1 - (self.loss if loss is None else loss)) * (1 - r_set)
+        r_set = jnp.where(alone, 0.0, r_set)
+        kept = (1 - jnp.where(alone, 0.0, self.loss)) * (1 - r_set)
         s, m = kept * x_set, r_set * x_set
         coherence = flat_root(kept * x_set * (1 - x_set))
         valid = (x_set >= 0) & (x_set <= 1) & (r_set >= 0) & (r_set <= 1)

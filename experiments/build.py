@@ -1,0 +1,68 @@
+"""From the configuration to the device: the one place where tables become modules of the twin."""
+
+from experiments.schema import Config
+from twin.dynamics import StaticGrid
+from twin.loop import AbstractMemristor
+from twin.memory import AbstractMemory, Exponential, MovingAverage
+from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor
+
+_PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean phonon numbers up to 20
+
+# Keys of [device] that are fields of the ion's device under the same name.
+_ION_FIELDS = (
+    *("scheme", "sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s", "lifetime_s", "branching", "m_lifetime_s"),
+    *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz", "n_bar", "heating_rate_per_s", "eta_1", "eta_2"),
+    *("readout_error_bright", "readout_error_dark"),
+)
+_LINEWIDTHS = ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz")
+
+
+def memory_from(config: Config, window_cycles: float | None = None) -> AbstractMemory:
+    """The feedback kernel of a configuration.
+
+    Args:
+        config: its table [memory] is read.
+        window_cycles: length of the window in cycles, or decay time of the exponential, in place of the configured one.
+    """
+    window = config.memory.window_cycles if window_cycles is None else window_cycles
+    return Exponential(window) if config.memory.kernel == "exponential" else MovingAverage(window)
+
+
+def device_from(config: Config) -> AbstractMemristor:
+    """The memristor of a configuration, with its own memory.
+
+    Args:
+        config: the tables [device] and [memory] are read; [fit] and [sweep] tell whether `n_bar` will vary.
+
+    Returns:
+        A `PhotonicMemristor` or an `IonMemristor`. Of the latter the method is that of `engine`: "closed_form", the
+        integrated Lindblad equation on its static grid at `error`, or, for "auto", whichever `error` allows.
+
+    Raises:
+        ValueError: a value that the tables allow but the device refuses; one sentence.
+    """
+    table = config.device
+    memory, source = memory_from(config), config.memory.source
+    if table.platform == "photonic":
+        return PhotonicMemristor(
+            memory=memory,
+            source=source,
+            loss=table.loss,
+            readout_error_bright=table.readout_error_bright,
+            readout_error_dark=table.readout_error_dark,
+        )
+    methods = {
+        "auto": lambda: Automatic(table.error),
+        "closed_form": ClosedForm,
+        "lindblad": lambda: StaticGrid(table.error),
+    }
+    varied = {*(config.fit.free if config.fit else ()), *(config.sweep.parameters if config.sweep else ())}
+    moving = table.n_bar > 0 or table.heating_rate_per_s > 0 or "n_bar" in varied
+    return IonMemristor(
+        memory=memory,
+        source=source,
+        method=methods[table.engine](),
+        phonon_nodes=_PHONON_NODES if moving else 1,
+        **{name: getattr(table, name) for name in _ION_FIELDS},
+        **{name: getattr(table, name) or 0.0 for name in _LINEWIDTHS},
+    )

@@ -1,0 +1,149 @@
+"""`iontwin optimize`: pulse commands for the device as configured, or as a fit found it.
+
+Leaves ``result.json`` (commands before and after, the target's number recomputed by the reference solver), ``arrays.nc``
+(waveforms, and error maps or loops) and the report.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from calibration.control import Design, LoopShape, Obedience, Target, disobedience, loop_target, optimize
+from calibration.parameters import with_parameters
+from experiments import report
+from experiments.build import device_from, memory_from
+from experiments.progress import search_progress
+from experiments.provenance import Stopwatch, provenance
+from experiments.records import Run, RunFolder
+from experiments.schema import Config
+from twin.memristor import IonMemristor
+
+_MAP_POINTS = 21
+_WAVEFORM_POINTS = 801
+
+
+def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict[str, Any]:
+    """Optimize the commands of [optimize].
+
+    Args:
+        config: with a table [optimize].
+        fit_run: folder of a fit whose parameters replace those of [device]; None for the device as configured.
+        out: the run folder.
+        seed: of the random starts.
+
+    Returns:
+        What ``result.json`` holds.
+    """
+    assert config.optimize is not None
+    clock = Stopwatch()
+    device = device_from(config)
+    notes = []
+    if fit_run is not None:
+        device, note = _calibrated(device, Run(fit_run))
+        notes.append(note)
+    if not isinstance(device, IonMemristor):
+        raise ValueError("optimize designs laser pulses, but device.platform is 'photonic'; choose 'ion'.")
+    if config.optimize.window_cycles is not None:
+        device = dataclasses.replace(device, memory=memory_from(config, config.optimize.window_cycles))
+    target: Target = Obedience()
+    if config.optimize.target != "obedience":
+        cycles = config.optimize.cycles_per_period
+        target = loop_target(config.optimize.target, device, cycles_per_period=cycles)
+    out.log(f"target {config.optimize.target}, commands {', '.join(config.optimize.bounds)}")
+    with search_progress(out, target.name) as progress:
+        design = optimize(
+            device,
+            target,
+            config.optimize.bounds,
+            iterations=config.optimize.iterations,
+            seed=seed,
+            on_progress=progress,
+        )
+    out.write_arrays(_arrays(device, design, target))
+    seconds = clock.stop()
+    notes += _notes(design)
+    out.log(
+        f"{design.status}; {design.metric} {design.before:.4g} before, {design.after:.4g} after, "
+        f"{design.recomputed:.4g} by the reference solver; "
+        + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    )
+    result = {
+        "kind": "optimize",
+        "status": design.status,
+        "target": config.optimize.target,
+        "metric": {
+            "name": design.metric,
+            "before": design.before,
+            "after": design.after,
+            "recomputed": design.recomputed,
+        },
+        "commands": {name: dataclasses.asdict(command) for name, command in design.commands.items()},
+        "notes": notes,
+        "history": {"optimize": design.history},
+        "from": None if fit_run is None else Path(fit_run).name,
+        "seed": seed,
+        "seconds": seconds,
+        **provenance(),
+    }
+    out.write_result(result)
+    report.write(out)
+    for name, command in design.commands.items():
+        bound = " (at its bound)" if command.at_bound else ""
+        out.log(f"  {name:<18} {command.before: .6g} -> {command.after: .6g} {command.unit}{bound}")
+    return result
+
+
+def _calibrated(device, run: Run) -> tuple[Any, str]:
+    """The device with the parameters of a fit in place."""
+    found = {name: one["value"] for name, one in run.result["parameters"].items() if one["verdict"] != "fixed"}
+    if not found or any(value is None for value in found.values()):
+        raise ValueError(f"{run.path}: this fit found no parameters ({run.result.get('status')}); fit again.")
+    verdicts = [name for name, one in run.result["parameters"].items() if one["verdict"] in ("weak", "not identified")]
+    note = f"The device is that of the fit {run.path.name} ({run.result['status']})."
+    if verdicts:
+        note += f" Its {', '.join(verdicts)} rest on weak evidence, and so does whatever these commands gain by them."
+    return with_parameters(device, {name: jnp.asarray(value, float) for name, value in found.items()}), note
+
+
+def _notes(design: Design) -> list[str]:
+    notes = []
+    stopped = [name for name, command in design.commands.items() if command.at_bound]
+    if stopped:
+        notes.append(f"Stopped by their bounds: {', '.join(stopped)}. Wider bounds, if the hardware allows, would gain more.")
+    gap = abs(design.recomputed - design.after)
+    notes.append(f"The reference solver differs from the optimizer's own number by {gap:.1e}.")
+    return notes
+
+
+def _arrays(device: IonMemristor, design: Design, target: Target) -> xr.Dataset:
+    """Waveforms of full transfers before and after, and what the target looks like."""
+    after, none = design.device, (0.0, 0.0)
+    # The shared device of before: planned like the new one, so both run on the same grid.
+    before = dataclasses.replace(
+        device, method=after.method, steps=after.steps, phonon_nodes=after.phonon_nodes
+    )
+    late = float(max(before.separation_s + before.tail_s, after.separation_s + after.tail_s))
+    t_s = np.linspace(-float(before.lead_s), late, _WAVEFORM_POINTS)
+    data: dict[str, Any] = {"t_s": ("time", t_s, {"units": "s"})}
+    for which, twin in (("before", before), ("after", after)):
+        for k, pulse in enumerate(twin.pulses(*twin.areas(jnp.ones(()), jnp.ones(())))):
+            rabi_hz = np.asarray(pulse.drive(jnp.asarray(t_s), jnp.asarray(t_s)).real) / (2 * np.pi)
+            data[f"rabi_{k + 1}_{which}_hz"] = ("time", rabi_hz, {"units": "Hz"})
+    if isinstance(target, Obedience):
+        grid = np.linspace(0, 1, _MAP_POINTS)
+        x, r = (jnp.asarray(a.ravel()) for a in np.meshgrid(grid, grid, indexing="ij"))
+        data |= {"x_set": ("x_set", grid, {"units": "1"}), "r_set": ("r_set", grid, {"units": "1"})}
+        for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
+            offsets = tuple(jnp.asarray(o, float) for o in offsets)
+            error = np.asarray(disobedience(twin, x, r, offsets)).reshape(_MAP_POINTS, _MAP_POINTS)
+            data[f"error_{which}"] = (("x_set", "r_set"), error, {"units": "1"})
+    elif isinstance(target, LoopShape):
+        for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
+            x, y = target.loop(twin, tuple(jnp.asarray(o, float) for o in offsets))
+            data[f"x_{which}"] = ("cycle", np.asarray(x), {"units": "1"})
+            data[f"y_{which}"] = ("cycle", np.asarray(y), {"units": "1"})
+    return xr.Dataset(data)

@@ -1,0 +1,289 @@
+"""Figures of a run, drawn from saved arrays alone: plain functions of arrays that return a Matplotlib figure.
+
+Colours are those of Okabe and Ito, told apart with any colour vision; what differs in colour differs in marker or dash.
+Figures are built without pyplot, so that drawing changes no global state.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+VERDICT_COLOURS = {"identified": GREEN, "weak": "#E69F00", "not identified": ORANGE, "at bound": "#CC79A7"}
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "svg.hashsalt": "iontwin",  # the same run gives the same bytes
+}
+_PANEL_IN = 3.4  # width of one panel
+_COLUMNS = 3
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Columns = Mapping[str, np.ndarray]
+
+
+def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """The function in our style, which its caller's settings neither see nor change."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, without a date."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _figure(panels: int, height_in: float, width_in: float = _PANEL_IN, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels, at most three side by side."""
+    across = min(panels, _COLUMNS)
+    down = math.ceil(panels / across)
+    figure = Figure(figsize=(width_in * across, height_in * down), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(down, across, **options)).ravel().tolist()
+    for spare in axes[panels:]:
+        spare.remove()
+    for ax in axes[:panels]:
+        ax.grid(True)
+    return figure, axes[:panels]
+
+
+def _each_loop(columns: Columns, *names: str) -> list[tuple[str, Columns]]:
+    """The named columns of each loop, in the order in which the loops first appear."""
+    labels = np.asarray(columns["loop"]).astype(str)
+    return [
+        (label, {name: np.asarray(columns[name])[labels == label] for name in names})
+        for label in dict.fromkeys(labels.tolist())
+    ]
+
+
+def _arrows(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, count: int = 11) -> None:
+    """Heads along a curve that show the direction of time."""
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    length = np.hypot(np.diff(x), np.diff(y))
+    if length.sum() == 0:
+        return
+    # Evenly spaced along the curve, each on the step that holds its place.
+    along = np.cumsum(length)
+    steps = np.unique(np.searchsorted(along, along[-1] * (np.arange(count) + 0.5) / count))
+    for k in steps:
+        head = {"arrowstyle": "-|>,head_length=0.55,head_width=0.28", "color": colour, "lw": 0.5, "mutation_scale": 12}
+        ax.annotate("", (x[k + 1], y[k + 1]), (x[k], y[k]), arrowprops={**head, "shrinkA": 0, "shrinkB": 0}, zorder=4)
+
+
+@_styled
+def loops(columns: Columns, model: str = "fitted twin") -> Figure:
+    """Each hysteresis loop: measured points with error bars over the loop of the model.
+
+    Args:
+        columns: one value a row: `loop`, `p_x`, `p_y`, and `x_measured`, `x_error`, `y_measured`, `y_error` (NaN where
+            not measured; a point without its x stands at the x of the model).
+        model: what the line is called.
+    """
+    groups = _each_loop(columns, "p_x", "p_y", "x_measured", "x_error", "y_measured", "y_error")
+    figure, axes = _figure(len(groups), 3.5, sharex=True, sharey=True)
+    for ax, (label, rows) in zip(axes, groups, strict=True):
+        x, y = rows["p_x"], rows["p_y"]
+        measured = np.isfinite(rows["y_measured"])
+        if measured.any():
+            has_x = np.isfinite(rows["x_measured"])
+            ax.errorbar(
+                np.where(has_x, rows["x_measured"], x)[measured],
+                rows["y_measured"][measured],
+                xerr=np.where(has_x, rows["x_error"], 0.0)[measured],
+                yerr=rows["y_error"][measured],
+                fmt="o", ms=3, lw=0.8, color=ORANGE, alpha=0.75, label="measured, ± one standard error", zorder=2,
+            )  # fmt: skip
+        ax.plot(x, y, color=BLUE, lw=1.3, label=model, zorder=3)
+        _arrows(ax, x, y, BLUE)
+        ax.set(title=f"loop {label}", xlabel="input x (fraction read as s)", ylabel="output y (fraction read as s)")
+        ax.label_outer()
+    axes[0].legend(loc="upper left", fontsize=8)
+    return figure
+
+
+@_styled
+def residuals(columns: Columns) -> Figure:
+    """Standardized residuals of x and y against the cycle, for each loop.
+
+    Args:
+        columns: one value a row: `loop`, `cycle`, `residual_x`, `residual_y` (NaN where not measured).
+    """
+    groups = _each_loop(columns, "cycle", "residual_x", "residual_y")
+    figure, axes = _figure(len(groups), 2.8, sharey=True)
+    for ax, (label, rows) in zip(axes, groups, strict=True):
+        ax.axhspan(-1.96, 1.96, color="#eeeeee", zorder=0)
+        ax.axhline(0, color=GREY, lw=0.8)
+        for name, colour, marker in (("x", GREEN, "s"), ("y", BLUE, "o")):
+            values = rows[f"residual_{name}"]
+            if np.isfinite(values).any():
+                ax.plot(rows["cycle"], values, marker, ms=2.8, color=colour, label=name, alpha=0.85)
+        ax.set(title=f"loop {label}", xlabel="cycle", ylabel="residual / standard error")
+        ax.label_outer()
+        ax.xaxis.set_tick_params(labelbottom=True)
+    axes[0].legend(loc="upper right", ncols=2, fontsize=8)
+    return figure
+
+
+@_styled
+def correlation(names: Sequence[str], matrix: np.ndarray) -> Figure:
+    """Correlations of the estimates as a coloured and numbered matrix.
+
+    Args:
+        names: parameters.
+        matrix: shape (parameters, parameters).
+    """
+    n = len(names)
+    figure, (ax,) = _figure(1, 1.0 + 0.48 * n, 2.2 + 0.62 * n)
+    ax.grid(False)
+    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for i in range(n):
+        for j in range(n):
+            value = matrix[i, j]
+            text = "–" if not np.isfinite(value) else f"{value:+.2f}" if i != j else "1"
+            ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
+    ax.set_xticks(range(n), names, rotation=40, ha="right")
+    ax.set_yticks(range(n), names)
+    ax.spines[:].set_visible(False)
+    figure.colorbar(image, ax=ax, label="correlation")
+    return figure
+
+
+@_styled
+def intervals(parameters: Mapping[str, Mapping[str, Any]], boxes: Mapping[str, Sequence[float]]) -> Figure:
+    """Each estimate with its 95 % interval within its prior box, the box drawn from 0 to 1.
+
+    Args:
+        parameters: {name: {"value", "ci95", "unit", "verdict"}}.
+        boxes: {name: (low, high)}.
+    """
+    names = [name for name in parameters if name in boxes]
+    figure, (ax,) = _figure(1, 1.0 + 0.42 * len(names), 7.6)
+    seen = set()
+    for row, name in enumerate(names):
+        one, (low, high) = parameters[name], boxes[name]
+        place, (a, b) = ((np.asarray(v, float) - low) / (high - low) for v in (one["value"], one["ci95"]))
+        colour = VERDICT_COLOURS.get(one["verdict"], GREY)
+        ax.plot([0, 1], [row, row], color="#cccccc", lw=7, solid_capstyle="butt", zorder=1)
+        label = one["verdict"] if one["verdict"] not in seen else None
+        seen.add(one["verdict"])
+        ax.plot([a, b], [row, row], color=colour, lw=3, solid_capstyle="butt", zorder=2, label=label)
+        ax.plot([place], [row], "|", ms=13, mew=1.2, color="black", zorder=3)
+        ax.text(-0.015, row, f"{low:g}", ha="right", va="center", fontsize=8)
+        ax.text(1.015, row, f"{high:g} {one['unit']}".rstrip(), ha="left", va="center", fontsize=8)
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", pad=38, length=0)
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="place in the prior box")
+    ax.spines[:].set_visible(False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8)
+    return figure
+
+
+@_styled
+def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figure:
+    """How far the best value still was from the final one, as the search went on.
+
+    Args:
+        stages: {stage: best value after each report}, in order.
+        quantity: what the value is, with its unit.
+    """
+    figure, (ax,) = _figure(1, 2.6, 6.0)
+    numbers = {name: np.array([np.nan if v is None else v for v in values], float) for name, values in stages.items()}
+    finite = [v for values in numbers.values() for v in values[np.isfinite(values)]]
+    final = finite[-1] if finite else 0.0
+    done = 0
+    for (name, values), colour, marker in zip(numbers.items(), (BLUE, ORANGE, GREEN, GREY) * 3, "osD^" * 3, strict=False):
+        ax.plot(done + np.arange(1, len(values) + 1), np.abs(values - final), marker + "-", ms=4, color=colour, label=name)
+        done += len(values)
+    smallest = min((d for v in finite if (d := abs(v - final)) > 0), default=1.0)
+    ax.set_yscale("symlog", linthresh=smallest)
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="progress report", ylabel=f"|{quantity} − final|")
+    ax.legend(fontsize=8)
+    return figure
+
+
+@_styled
+def pulses(columns: Columns) -> Figure:
+    """Rabi frequency of both pulses against time, before and after.
+
+    Args:
+        columns: `t_s`, and `rabi_1_before_hz`, `rabi_2_before_hz`, `rabi_1_after_hz`, `rabi_2_after_hz`.
+    """
+    figure, axes = _figure(2, 2.8, 3.9, sharex=True, sharey=True)
+    t_us = np.asarray(columns["t_s"]) * 1e6
+    for ax, when in zip(axes, ("before", "after"), strict=True):
+        for k, colour, dash in ((1, BLUE, "-"), (2, ORANGE, "--")):
+            rabi_khz = np.asarray(columns[f"rabi_{k}_{when}_hz"]) / 1e3
+            ax.plot(t_us, rabi_khz, dash, color=colour, label=f"pulse {k}")
+            ax.fill_between(t_us, rabi_khz, color=colour, alpha=0.12, lw=0)
+        ax.set(title=when, xlabel="time from the centre of pulse 1 (µs)", ylabel="Rabi frequency / 2π (kHz)")
+        ax.label_outer()
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+@_styled
+def error_maps(x_set: np.ndarray, r_set: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figure:
+    """y − (1 − r_set) x_set over the square of commands, before and after, on one scale.
+
+    Args:
+        x_set, r_set: axes of the square.
+        before, after: shape (x_set, r_set).
+    """
+    figure, axes = _figure(2, 3.1, 3.7, sharex=True, sharey=True)
+    largest = float(np.nanmax(np.abs([before, after])))
+    for ax, title, values in ((axes[0], "before", before), (axes[1], "after", after)):
+        ax.grid(False)
+        image = ax.pcolormesh(
+            x_set, r_set, np.asarray(values).T, cmap="RdBu_r", vmin=-largest, vmax=largest, shading="nearest",
+            rasterized=True,
+        )  # fmt: skip
+        rms = math.sqrt(np.nanmean(np.square(values)))
+        ax.set(title=f"{title}: rms {rms:.2g}", xlabel="commanded input x_set", ylabel="commanded transfer r_set")
+        ax.label_outer()
+    figure.colorbar(image, ax=axes, label="y − (1 − r_set) x_set")
+    return figure
+
+
+@_styled
+def loops_before_after(columns: Columns) -> Figure:
+    """The loop before and after an optimization of its shape.
+
+    Args:
+        columns: `x_before`, `y_before`, `x_after`, `y_after`, one value a cycle of one period.
+    """
+    figure, (ax,) = _figure(1, 3.6, 4.4)
+    for when, colour, dash in (("before", GREY, "--"), ("after", BLUE, "-")):
+        x, y = (np.append(values := np.asarray(columns[f"{name}_{when}"]), values[0]) for name in "xy")
+        ax.plot(x, y, dash, color=colour, label=when)
+        _arrows(ax, x, y, colour)
+    ax.set(xlabel="input x (population of s)", ylabel="output y (population of s)")
+    ax.legend(fontsize=8)
+    return figure

@@ -1,0 +1,56 @@
+"""Progress of a search: a bar on a terminal, a line a stage elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from experiments.records import RunFolder
+
+Report = Callable[[str, int, int, float], None]
+
+
+@contextlib.contextmanager
+def search_progress(out: RunFolder, quantity: str) -> Iterator[Report]:
+    """Yields `report(stage, iterations done, most iterations, best value)`.
+
+    Args:
+        out: the run folder whose log keeps the end of each stage.
+        quantity: what `best value` is.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[best]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+    last: dict[str, tuple[int, float]] = {}
+    began = time.perf_counter()
+
+    def close(stage: str) -> None:
+        done, best = last[stage]
+        bar.update(tasks[stage], total=max(done, 1))
+        out.log(f"{stage}: {done} iterations, {quantity} {best:.6g}, {time.perf_counter() - began:.1f} s so far")
+
+    def report(stage: str, done: int, most: int, best: float) -> None:
+        if stage not in tasks:
+            if tasks:
+                close(list(tasks)[-1])
+            tasks[stage] = bar.add_task(stage, total=most, best="compiling")
+            if not console.is_terminal:
+                out.log(f"{stage}: begins (the first iterations include compilation)")
+        last[stage] = (done, best)
+        if done:
+            bar.update(tasks[stage], completed=done, best=f"{quantity} {best:.6g}")
+
+    with bar:
+        yield report
+        if tasks:
+            close(list(tasks)[-1])

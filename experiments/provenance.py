@@ -1,0 +1,84 @@
+"""Where a result comes from: versions, device and precision, and the seconds it took."""
+
+import importlib
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+PACKAGES = ("ion-memristor-twin", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy")
+
+# What JAX reports while a program becomes machine code; nothing of it recurs for a program that was compiled before.
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+
+
+_import_s: dict[str, float] = {}
+
+
+def timed_import(name: str) -> ModuleType:
+    """Import a pipeline with all it needs; the seconds are remembered for `Stopwatch`."""
+    began = time.perf_counter()
+    module = importlib.import_module(name)
+    _import_s.setdefault(name, time.perf_counter() - began)
+    return module
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package a number may depend on; "source tree" for a package not installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "source tree"
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """The keys `device`, `precision` and `versions` of a ``result.json``."""
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    cpu = device.platform == "cpu"
+    return {
+        "device": f"cpu, {os.cpu_count()} cores" if cpu else f"{device.platform}, {device.device_kind}",
+        "precision": str(jnp.result_type(float)),
+        "versions": versions(),
+    }
+
+
+class Stopwatch:
+    """Seconds of a run in import, compilation and solution, from its construction on.
+
+    Compilation is what JAX reports of tracing, lowering and compiling; the rest of the time counts as solution. Stop it
+    when the run is done: it listens to JAX until then.
+    """
+
+    def __init__(self):
+        import jax.monitoring
+
+        self._compile_s, self._began = 0.0, time.perf_counter()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event in _COMPILING:
+            self._compile_s += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """{"import", "compile", "solve"} so far; import is what the process spent on its pipelines."""
+        passed = time.perf_counter() - self._began
+        return {"import": sum(_import_s.values()), "compile": self._compile_s, "solve": max(0.0, passed - self._compile_s)}
+
+    def stop(self) -> dict[str, float]:
+        """`seconds()`, and an end of listening."""
+        import jax.monitoring
+
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+        return self.seconds()

@@ -1,0 +1,233 @@
+"""The report of a run: one HTML file with its figures inside, drawn from the saved run folder alone.
+
+`write` is called by every pipeline when its results are saved; `rewrite` does the same to a finished run. Whatever a
+failed run lacks is left out.
+"""
+
+import base64
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from calibration.formats import write_atomic
+from experiments import plots
+from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_TITLES = {"fit": "Calibration", "simulate": "Simulation", "optimize": "Pulse design"}
+
+
+class Picture(NamedTuple):
+    """A figure with its file name, title and caption."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def write(out: RunFolder) -> None:
+    """Write the figures and ``report.html`` of a run whose result and arrays are saved."""
+    _write(out.work)
+
+
+def rewrite(run: str | os.PathLike[str]) -> None:
+    """Write the figures and ``report.html`` of a finished run again.
+
+    Args:
+        run: the run folder.
+
+    Raises:
+        OutputError: it is no run folder, or one of its files is damaged.
+    """
+    _write(Path(run))
+
+
+def _write(folder: Path) -> None:
+    run = Run(folder)
+    columns = {str(k): v.values for k, v in run.arrays.variables.items()} if (folder / ARRAYS).is_file() else {}
+    shown = []
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for picture in pictures(run, columns):
+        data = plots.svg(picture.figure)
+        write_atomic(folder / FIGURES / f"{picture.name}.svg", data)
+        shown.append({**picture._asdict(), "uri": "data:image/svg+xml;base64," + base64.b64encode(data).decode()})
+    write_atomic(folder / REPORT, _html(run, shown).encode())
+
+
+def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
+    """The figures that what was saved allows.
+
+    Args:
+        run: the run folder.
+        columns: the arrays of ``arrays.nc`` by name.
+    """
+    result = run.result
+    if {"p_x", "p_y", "x_measured", "y_measured"} <= set(columns):
+        model = "fitted twin" if result.get("kind") == "fit" else "twin"
+        yield Picture(
+            "loops",
+            "Hysteresis loops",
+            f"Points: what was measured, with binomial standard errors. Line: the {model}; arrows show the order of the "
+            "cycles.",
+            plots.loops(columns, model),
+        )
+    if {"residual_x", "residual_y"} <= set(columns):
+        yield Picture(
+            "residuals",
+            "Residuals",
+            "Measured minus model in units of the standard error. 95 % of the points belong into the grey band, without "
+            "a trend.",
+            plots.residuals(columns),
+        )
+    if result.get("kind") == "fit" and result.get("parameters"):
+        boxes = run.config.fit.free if run.config.fit else {}
+        yield Picture(
+            "intervals",
+            "Parameters in their prior boxes",
+            "Black mark: estimate. Coloured bar: 95 % interval. Grey bar: the prior box.",
+            plots.intervals(result["parameters"], boxes),
+        )
+    if len(result.get("correlation", {}).get("names", ())) > 1:
+        matrix = np.array(result["correlation"]["matrix"], float)
+        yield Picture(
+            "correlation",
+            "Correlations",
+            "Parameters with a correlation near ±1 can move together at little cost.",
+            plots.correlation(result["correlation"]["names"], matrix),
+        )
+    if "rabi_1_before_hz" in columns:
+        yield Picture(
+            "pulses",
+            "Pulses",
+            "Rabi frequencies of both pulses at full transfer, before and after.",
+            plots.pulses(columns),
+        )
+    if "error_before" in columns:
+        yield Picture(
+            "errors",
+            "What the device does with its commands",
+            "Output minus command over the square of commands.",
+            plots.error_maps(*(columns[name] for name in ("x_set", "r_set", "error_before", "error_after"))),
+        )
+    if "y_before" in columns:
+        yield Picture("loop", "The loop", "One period, before and after.", plots.loops_before_after(columns))
+    stages = result.get("history")
+    stages = {"search": stages} if isinstance(stages, list) else stages or {}
+    if any(stages.values()):
+        quantity = "log-likelihood (nats)" if result.get("kind") == "fit" else "objective"
+        yield Picture(
+            "history",
+            "Convergence",
+            "Distance of the best value from the final one, stage by stage.",
+            plots.history(stages, quantity),
+        )
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """The outcome of a run in one paragraph."""
+    kind, status = result.get("kind"), str(result.get("status", "unknown"))
+    parts = [f"Status: {status}."]
+    if kind == "fit" and result.get("parameters"):
+        parts.append(_fit_in_words(result))
+    if kind == "simulate":
+        methods = sorted({loop["method"] for loop in result["loops"].values()})
+        errors = [loop["error_estimate"] for loop in result["loops"].values() if loop["error_estimate"] is not None]
+        bound = f", populations to {max(errors):.0e}" if errors else ""
+        many = "loop" if len(result["loops"]) == 1 else "loops"
+        parts.append(f"{len(result['loops'])} {many} of the device as configured, by {' and '.join(methods)}{bound}.")
+    if kind == "optimize":
+        parts += _design_in_words(result)
+    return " ".join(parts)
+
+
+def _fit_in_words(result: Mapping[str, Any]) -> str:
+    verdicts = [one["verdict"] for one in result["parameters"].values()]
+    counts = {v: verdicts.count(v) for v in dict.fromkeys(verdicts)}
+    found = [f"{count} {'is' if count == 1 else 'are'} {v}" for v, count in counts.items()]
+    dof = result["n_data"] - result["n_free"]
+    chi2 = result.get("chi2_per_dof")
+    if chi2 is None:
+        return f"There are too few data for a χ². Of {len(verdicts)} free parameters, {', '.join(found)}."
+    spread = math.sqrt(2 / dof)
+    fits = "as it should be" if abs(chi2 - 1) < 3 * spread else "which the model does not explain"
+    return (
+        f"χ²/dof = {chi2:.3f}, where 1 ± {spread:.3f} is expected: {fits} ({result['n_data']} measurements, "
+        f"{result['n_free']} free parameters). Of the parameters, {', '.join(found)}."
+    )
+
+
+def _design_in_words(result: Mapping[str, Any]) -> list[str]:
+    parts = [f"Target: {result['target']}."] if "target" in result else []
+    for one in _metrics(result):
+        recomputed = f" (recomputed: {number(one['recomputed'])})" if one.get("recomputed") is not None else ""
+        parts.append(f"{one['name']}: {number(one['before'])} before, {number(one['after'])} after{recomputed}.")
+    stuck = [name for name, one in result.get("commands", {}).items() if one.get("at_bound")]
+    if stuck:
+        parts.append(f"At their bounds: {', '.join(stuck)}.")
+    return parts
+
+
+def _metrics(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a pulse design improved."""
+    found = [result["metric"]] if "metric" in result else []
+    if "obedience_rms" in result:
+        found.append({"name": "rms of y − (1 − r_set) x_set", **result["obedience_rms"]})
+    return found
+
+
+def number(value: Any, std: Any = None) -> str:
+    """A number for reading: down to the second digit of its standard error, else five digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f")
+    text = f"{value:.5g}"
+    if std and value:
+        last = math.floor(math.log10(std)) - 1  # power of ten of the last digit that is worth reading
+        digits = max(1, math.floor(math.log10(abs(value))) - last + 1)
+        text = f"{value:.{max(0, -last)}f}" if 1e-3 <= abs(value) < 1e7 else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence with its `names` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
+
+
+def _html(run: Run, shown: list[dict[str, Any]]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "code": _code}
+    result = run.result
+    status = str(result.get("status", "unknown"))
+    return environment.get_template("report.html.j2").render(
+        title=_TITLES.get(result.get("kind", ""), "Run"),
+        good=status in ("converged", "done"),
+        verdict=verdict(result),
+        result=result,
+        parameters=result.get("parameters", {}) if result.get("kind") == "fit" else {},
+        commands=result.get("commands", {}),
+        metrics=_metrics(result),
+        loops=result.get("loops", {}),
+        basins=result.get("basins", [])[:6],
+        notes=result.get("notes", []),
+        pictures=shown,
+        config=(run.path / CONFIG).read_text(encoding="utf-8"),
+        facts={key: result[key] for key in ("device", "precision", "seed", "data_sha256") if key in result},
+    )
