@@ -206,7 +206,9 @@ def optimize(
         return _unchanged(device, target, present, bounds, value_before, history)
     best = int(np.nanargmin(losses))
     after = free.bounded(points[best])
-    status = "converged" if bool(found.converged[best]) else "not converged: the search still moved at its last iteration"
+    status = (
+        "converged" if bool(found.converged[best]) else "not converged: the search still moved at its last iteration"
+    )
     if float(losses[best]) >= float(_loss_at(args, before)):
         after = before  # no start beat the present commands
     edge = at_edge(np.asarray(after), np.asarray(free.low), np.asarray(free.high))

@@ -11,13 +11,14 @@ line, column and value.
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from calibration.formats import COLUMNS, TableError, cell, read_csv, to_csv, write_atomic
 
-__all__ = ["LoopTable", "TableError", "read_table", "write_table"]
+__all__ = ["LoopTable", "TableError", "read_table", "synthesize", "write_table"]
 
 _LARGEST_DETUNING_HZ = 1e8
 _LARGEST_WINDOW = 1e6
@@ -148,6 +149,56 @@ def write_table(table: LoopTable, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     write_atomic(path, to_csv(table.columns).encode())
+
+
+def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool = False) -> LoopTable:
+    """A table that `device` might have produced under the settings of another one (imports JAX).
+
+    Args:
+        device: an `AbstractMemristor`.
+        settings: commands, laser offsets, windows and shots; its counts are not looked at, except that cells not
+            measured there stay empty.
+        key: random key of the counts.
+        keep_r_set: play the recorded transfers again. Otherwise the device's memory supplies them, from the synthetic
+            counts if its source is "measured", as a controller would.
+
+    Returns:
+        The same settings with new counts, and with the transfers that were used in `r_set`.
+
+    Raises:
+        ValueError: a table without shots, or a device that cannot be solved under these settings.
+    """
+    import jax
+
+    from calibration.likelihood import Experiment, predict, prepared, replace_observations
+    from twin.readout import sample_counts
+
+    if settings.shots is None:
+        raise ValueError(f"{settings.name}: synthetic counts need `shots`; this table has values with errors.")
+    experiment = Experiment.from_table(settings)
+    if not keep_r_set:
+        experiment = replace(experiment, r_set=None)
+    device = prepared(device, experiment)
+    key_x, key_y = jax.random.split(key)
+    first = predict(device, experiment)
+    n_x = sample_counts(key_x, first.p_x, settings.shots)
+    if not keep_r_set:
+        # Only now are the inputs known that the memory averages.
+        experiment = replace_observations(experiment, n_x)
+    second = predict(device, experiment)
+    if not bool(np.all(np.asarray(second.valid))):
+        raise ValueError("the device cannot be solved under these settings to the error its method asks for.")
+    n_y = sample_counts(key_y, second.p_y, settings.shots)
+    blank = lambda n, old: None if old is None else np.where(np.isnan(old), np.nan, np.asarray(n))
+    return replace(
+        settings,
+        r_set=np.asarray(second.r),
+        n_x=blank(n_x, settings.n_x),
+        n_y=blank(n_y, settings.n_y),
+        name="synthetic table",
+        sha256="",
+        lines=None,
+    )
 
 
 def _check(table: LoopTable) -> None:

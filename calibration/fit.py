@@ -224,6 +224,23 @@ def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:
     ]
 
 
+def _merged(basins: list[Basin], parameters: FreeParameters, cov: np.ndarray) -> list[Basin]:
+    """Basins that the data can tell apart: one that lies within two standard errors of a better one is its slope."""
+    width = np.asarray(parameters.width)
+    information = np.linalg.pinv(cov / np.outer(width, width))
+    kept: list[Basin] = []
+    for basin in basins:
+        place = np.array(list(basin.values.values())) / width
+        for k, better in enumerate(kept):
+            apart = place - np.array(list(better.values.values())) / width
+            if apart @ information @ apart < 4:
+                kept[k] = dataclasses.replace(better, starts=better.starts + basin.starts)
+                break
+        else:
+            kept.append(basin)
+    return kept
+
+
 def _conclude(
     device: AbstractMemristor,
     parameters: FreeParameters,
@@ -243,12 +260,12 @@ def _conclude(
     notes = uncertainty.sentences(parameters, found, cov)
     if own_window and table.r_set is not None:
         notes.append("`window_cycles` cannot be identified: the table records `r_set`, so the memory is never used.")
-    agreeing = basins[0].starts
-    notes.append(f"{agreeing} of {starts} random starts ended in the best basin; {len(basins)} basin(s) were found.")
+    basins = _merged(basins, parameters, cov)
+    notes.append(f"{basins[0].starts} of {starts} random starts ended in the best basin of {len(basins)}.")
     for rival in basins[1:]:
         behind = basins[0].log_likelihood - rival.log_likelihood
         if behind < 5:
-            notes.append(f"Another basin lies only {behind:.2f} nats behind: the data hardly tell the two apart.")
+            notes.append(f"Another optimum lies only {behind:.2f} nats behind: the data hardly exclude it.")
     dof = experiment.n_data - len(parameters.names)
     chi2 = float(chi2) / dof if dof > 0 else float("nan")
     if dof > 0 and abs(chi2 - 1) > 5 * np.sqrt(2 / dof):

@@ -186,7 +186,9 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
     return Prediction(p[:split][experiment.first_of], p[split:], r, valid)
 
 
-def _known_transfers(device: AbstractMemristor, experiment: Experiment, own_window: bool) -> Float[Array, " rows"] | None:
+def _known_transfers(
+    device: AbstractMemristor, experiment: Experiment, own_window: bool
+) -> Float[Array, " rows"] | None:
     """Transfers that do not depend on the model's own inputs; None if they do."""
     if experiment.r_set is not None:
         return experiment.r_set
@@ -242,9 +244,18 @@ def pearson_chi2(experiment: Experiment, prediction: Prediction) -> Float[Array,
     return total
 
 
-def replace_observations(experiment: Experiment, x: Float[Array, " rows"], y: Float[Array, " rows"]) -> Experiment:
-    """The same settings with other measured numbers (synthetic refits); feedback inputs follow."""
-    new_x = None if experiment.x is None else dataclasses.replace(experiment.x, value=x)
-    new_y = None if experiment.y is None else dataclasses.replace(experiment.y, value=y)
+def replace_observations(
+    experiment: Experiment, x: Float[Array, " rows"], y: Float[Array, " rows"] | None = None
+) -> Experiment:
+    """The same settings with other measured numbers, for synthetic data; the inputs that the memory averages follow."""
+    new_x = None if experiment.x is None else dataclasses.replace(experiment.x, value=jnp.asarray(x))
+    new_y = (
+        experiment.y if y is None or experiment.y is None else dataclasses.replace(experiment.y, value=jnp.asarray(y))
+    )
     fed = experiment.fed_x if new_x is None else new_x.estimate()
     return dataclasses.replace(experiment, x=new_x, y=new_y, fed_x=fed)
+
+
+def prepared(device: AbstractMemristor, experiment: Experiment) -> AbstractMemristor:
+    """The device with its method and grid decided for the settings of a table."""
+    return device.prepared(experiment.x_set, experiment.detuning_1_hz, experiment.detuning_2_hz)

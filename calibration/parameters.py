@@ -117,4 +117,3 @@ def anchored(device: AbstractMemristor) -> AbstractMemristor:
         if getattr(device, f"nominal_sigma_{k}_s") is None:
             keep[f"nominal_sigma_{k}_s"] = getattr(device, f"sigma_{k}_s")
     return dataclasses.replace(device, **keep)
-

@@ -10,8 +10,27 @@ _PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean ph
 
 # Keys of [device] that are fields of the ion's device under the same name.
 _ION_FIELDS = (
-    *("scheme", "sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s", "lifetime_s", "branching", "m_lifetime_s"),
-    *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz", "n_bar", "heating_rate_per_s", "eta_1", "eta_2"),
+    *(
+        "scheme",
+        "sigma_1_s",
+        "sigma_2_s",
+        "separation_s",
+        "lead_s",
+        "tail_s",
+        "lifetime_s",
+        "branching",
+        "m_lifetime_s",
+    ),
+    *(
+        "rabi_scale_1",
+        "rabi_scale_2",
+        "detuning_1_hz",
+        "detuning_2_hz",
+        "n_bar",
+        "heating_rate_per_s",
+        "eta_1",
+        "eta_2",
+    ),
     *("readout_error_bright", "readout_error_dark"),
 )
 _LINEWIDTHS = ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz")

@@ -54,15 +54,16 @@ def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str
         "kind": "fit",
         "status": found.status,
         "parameters": _parameters(config, found),
-        "correlation": {"names": list(config.fit.free), "matrix": found.correlation.tolist() if found.parameters else []},
+        "correlation": {
+            "names": list(config.fit.free),
+            "matrix": found.correlation.tolist() if found.parameters else [],
+        },
         "log_likelihood": found.log_likelihood,
         "chi2_per_dof": found.chi2_per_dof,
         "n_data": found.n_data,
         "n_free": found.n_free,
         "notes": found.notes,
-        "basins": [
-            {"log_likelihood": b.log_likelihood, "starts": b.starts, "values": b.values} for b in found.basins
-        ],
+        "basins": [{"log_likelihood": b.log_likelihood, "starts": b.starts, "values": b.values} for b in found.basins],
         "history": found.history,
         "seed": seed,
         "seconds": seconds,

@@ -197,7 +197,7 @@ def doctor(as_json: bool) -> None:
     """Show devices, precision, gradients against finite differences, compile cache and versions."""
     result = _pipeline("doctor", "run")
     if not as_json:
-        click.echo(_aligned([{"what": key, "value": value} for key, value in result.items()], header=False))
+        click.echo(_aligned([{"what": key, "value": value} for key, value in _leaves(result)], header=False))
     _finish(result, as_json)
 
 
@@ -264,6 +264,15 @@ def _finish(result: Mapping[str, Any], as_json: bool, said: str = "") -> None:
     status = str(result.get("status", "done"))
     if status.startswith(("failed", "not converged")):
         raise Failure(status)
+
+
+def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Nested dictionaries as (path, value), with words for booleans and lists."""
+    if isinstance(value, Mapping):
+        return [leaf for key, entry in value.items() for leaf in _leaves(entry, f"{path} {key}".strip())]
+    if isinstance(value, bool):
+        return [(path, "yes" if value else "NO")]
+    return [(path, ", ".join(map(str, value)) if isinstance(value, list) else value)]
 
 
 def _aligned(rows: Sequence[Mapping[str, Any]], header: bool = True) -> str:

@@ -113,7 +113,9 @@ def _notes(design: Design) -> list[str]:
     notes = []
     stopped = [name for name, command in design.commands.items() if command.at_bound]
     if stopped:
-        notes.append(f"Stopped by their bounds: {', '.join(stopped)}. Wider bounds, if the hardware allows, would gain more.")
+        notes.append(
+            f"Stopped by their bounds: {', '.join(stopped)}. Wider bounds, if the hardware allows, would gain more."
+        )
     gap = abs(design.recomputed - design.after)
     notes.append(f"The reference solver differs from the optimizer's own number by {gap:.1e}.")
     return notes
@@ -123,9 +125,7 @@ def _arrays(device: IonMemristor, design: Design, target: Target) -> xr.Dataset:
     """Waveforms of full transfers before and after, and what the target looks like."""
     after, none = design.device, (0.0, 0.0)
     # The shared device of before: planned like the new one, so both run on the same grid.
-    before = dataclasses.replace(
-        device, method=after.method, steps=after.steps, phonon_nodes=after.phonon_nodes
-    )
+    before = dataclasses.replace(device, method=after.method, steps=after.steps, phonon_nodes=after.phonon_nodes)
     late = float(max(before.separation_s + before.tail_s, after.separation_s + after.tail_s))
     t_s = np.linspace(-float(before.lead_s), late, _WAVEFORM_POINTS)
     data: dict[str, Any] = {"t_s": ("time", t_s, {"units": "s"})}

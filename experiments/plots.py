@@ -217,8 +217,12 @@ def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figu
     finite = [v for values in numbers.values() for v in values[np.isfinite(values)]]
     final = finite[-1] if finite else 0.0
     done = 0
-    for (name, values), colour, marker in zip(numbers.items(), (BLUE, ORANGE, GREEN, GREY) * 3, "osD^" * 3, strict=False):
-        ax.plot(done + np.arange(1, len(values) + 1), np.abs(values - final), marker + "-", ms=4, color=colour, label=name)
+    for (name, values), colour, marker in zip(
+        numbers.items(), (BLUE, ORANGE, GREEN, GREY) * 3, "osD^" * 3, strict=False
+    ):
+        ax.plot(
+            done + np.arange(1, len(values) + 1), np.abs(values - final), marker + "-", ms=4, color=colour, label=name
+        )
         done += len(values)
     smallest = min((d for v in finite if (d := abs(v - final)) > 0), default=1.0)
     ax.set_yscale("symlog", linthresh=smallest)

@@ -74,7 +74,11 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """{"import", "compile", "solve"} so far; import is what the process spent on its pipelines."""
         passed = time.perf_counter() - self._began
-        return {"import": sum(_import_s.values()), "compile": self._compile_s, "solve": max(0.0, passed - self._compile_s)}
+        return {
+            "import": sum(_import_s.values()),
+            "compile": self._compile_s,
+            "solve": max(0.0, passed - self._compile_s),
+        }
 
     def stop(self) -> dict[str, float]:
         """`seconds()`, and an end of listening."""

@@ -77,7 +77,9 @@ def run(name: str) -> list[Row]:
         ValueError: an unknown name.
     """
     if name != "all" and name not in NAMES:
-        raise ValueError(f"there is nothing to reproduce under the name {name!r}; known names are {', '.join(NAMES)}, all.")
+        raise ValueError(
+            f"there is nothing to reproduce under the name {name!r}; known names are {', '.join(NAMES)}, all."
+        )
     rows = []
     for known, compute in NAMES.items():
         if name in (known, "all"):
@@ -134,7 +136,9 @@ def _separated() -> list[Row]:
     near = rsd[-len(_CROSSING) :]
     crossing = np.interp(-math.log(_PUBLISHED_RSD), -np.log(near), _CROSSING)
     rows.append(_row("separation at which RSD(y) is 0.03 %, sigma", 4.71, crossing, 0.0471))
-    reference = np.asarray(_integrated(LAMBDA, theta_1[::7, ::7, 0], theta_2[::7, ::7, 0], 13 * _SIGMA_S, method=Adaptive()))
+    reference = np.asarray(
+        _integrated(LAMBDA, theta_1[::7, ::7, 0], theta_2[::7, ::7, 0], 13 * _SIGMA_S, method=Adaptive())
+    )
     apart = np.max(np.abs(reference[1] - closed[::7, ::7, 0]))
     rows.append(_row("largest |y - y_closed| at 13 sigma, adaptive solver", 0.0, apart, 1e-10))
     # One-sided: the statement is an upper limit.

@@ -34,6 +34,9 @@ TABLE = "table.csv"
 # The sum of the lobes compares every side of the loop with every other one.
 _MOST_LOBE_POINTS = 2000
 
+# Weight of the history before the first cycle below which an exponential memory counts as settled.
+_FORGOTTEN = 1e-3
+
 UNITS = {"window_cycles": "cycles", "detuning_1_set_hz": "Hz", "detuning_2_set_hz": "Hz"}
 MEANINGS = {
     "x_set": "commanded input",
@@ -111,6 +114,14 @@ def last_period(settings: LoopSettings) -> slice:
     """The cycles of the last period: one closed polygon, its first point not repeated."""
     begin = (settings.periods - 1) * settings.cycles_per_period
     return slice(begin, begin + settings.cycles_per_period)
+
+
+def settled(config: Config, settings: LoopSettings, window_cycles: float) -> bool:
+    """Whether the history before the first cycle is forgotten when the last period begins."""
+    before = (settings.periods - 1) * settings.cycles_per_period
+    if config.memory.kernel == "exponential":
+        return math.exp(-before / window_cycles) < _FORGOTTEN
+    return window_cycles <= before
 
 
 @eqx.filter_jit
@@ -211,16 +222,18 @@ def _table(arrays: xr.Dataset) -> LoopTable:
 def _notes(config: Config, metrics: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the numbers, in sentences."""
     notes = []
-    for label, found in metrics.items():
+    for settings, (label, found) in zip(config.simulate.loops, metrics.items(), strict=True):  # ty: ignore[unresolved-attribute]
         if found["invalid_cycles"]:
             notes.append(
                 f"Loop {label}: {found['invalid_cycles']} of {found['cycles']} cycles were not solved to the error asked "
                 "for and are NaN; raise `device.error`, or look for pulses outside the window."
             )
         elif math.isnan(found["signed_area"]):
+            notes.append(f"Loop {label}: its last period does not close, so it has no area; take more cycles a period.")
+        if not settled(config, settings, found["window_cycles"]):
             notes.append(
-                f"Loop {label}: its last period does not close, so it has no area; the memory of "
-                f"{found['window_cycles']:g} cycles needs more periods of {found['cycles_per_period']} cycles."
+                f"Loop {label}: its last period is not yet steady, the memory of {found['window_cycles']:g} cycles still "
+                "holds the history before the first cycle; take more periods."
             )
         if found["method"] == "closed form" and found["error_estimate"] > config.device.error:
             notes.append(

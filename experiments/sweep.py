@@ -28,7 +28,7 @@ from experiments.build import device_from, memory_from
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import OutputError
 from experiments.schema import Axis, Config, Loop, Sweep
-from experiments.simulate import last_period
+from experiments.simulate import last_period, settled
 from twin import hysteresis
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, sine_input
@@ -96,6 +96,7 @@ def run(config: Config, store: Path, seed: int) -> dict[str, Any]:
         "invalid": int(np.sum(status == INVALID)),
         "resumed_at": resumed,
         "method": _method(device),
+        "notes": _notes(config, points),
         "seed": seed,
         "seconds": clock.stop(),
         **provenance(),
@@ -152,6 +153,19 @@ def _largest_error(device: IonMemristor, sweep: Sweep, points: dict[str, np.ndar
     return worst
 
 
+def _notes(config: Config, points: dict[str, np.ndarray]) -> list[str]:
+    """What a reader must know to trust the numbers, in sentences."""
+    assert config.sweep is not None
+    loop = config.sweep.loop
+    longest = float(np.max(points.get("window_cycles", loop.window_cycles or config.memory.window_cycles)))
+    if settled(config, loop, longest):
+        return []
+    return [
+        f"Where the window is long ({longest:g} cycles at most), the last of {loop.periods} periods is not yet steady: the "
+        "memory still holds the history before the first cycle; take more periods."
+    ]
+
+
 def _method(device: AbstractMemristor) -> str:
     integrated = isinstance(device, IonMemristor) and isinstance(device.method, StaticGrid)
     return "static grid" if integrated else "closed form"
@@ -202,7 +216,12 @@ def _create(store: Path, config: Config, points: dict[str, np.ndarray]) -> None:
     dataset = xr.Dataset(
         {**numbers, "status": ("point", np.full(size, PENDING, np.int8), flags)},
         coords={name: ("point", values, {"units": unit_of(name) or "1"}) for name, values in points.items()},
-        attrs={"config": config.to_toml(), "design": sweep.design, "axes": json.dumps(_axes(sweep)), **_flat(provenance())},
+        attrs={
+            "config": config.to_toml(),
+            "design": sweep.design,
+            "axes": json.dumps(_axes(sweep)),
+            **_flat(provenance()),
+        },
     )
     new = store.with_name(f".{store.name}.partial-{secrets.token_hex(4)}")
     encoding = {str(name): {"chunks": (min(sweep.chunk, size),)} for name in dataset.variables}
@@ -244,7 +263,9 @@ def _statuses(store: Path, config: Config) -> np.ndarray:
     return status
 
 
-def _difference(begun: Mapping[str, Any], now: Mapping[str, Any], tables: tuple[str, ...] = ("device", "memory", "sweep")):
+def _difference(
+    begun: Mapping[str, Any], now: Mapping[str, Any], tables: tuple[str, ...] = ("device", "memory", "sweep")
+):
     """Path of the first key that differs in the tables of a sweep; empty if none does."""
     for name in dict.fromkeys([*begun, *now]):
         if tables and name not in tables:

@@ -30,7 +30,7 @@ def ion(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Hamiltonian without drives, and jump operators."""
     levels = LEVELS[scheme]
-    p = lambda j: op(levels, j, j)  # noqa: E731
+    p = lambda j: op(levels, j, j)
     d1, d2 = 2 * np.pi * detuning_1_hz, 2 * np.pi * detuning_2_hz
     rate, top = 1 / lifetime_s, 1 / m_lifetime_s
     if scheme == "lambda":

@@ -257,9 +257,7 @@ def test_detuned_gaussian_pulses(engine):
     detuning = np.concatenate([detuning, weak_detuning])
     pulse = Gaussian.from_area(theta, center_s=0.0, sigma_s=SIGMA)
     system = ion(detuning_1_hz=detuning / (2 * PI * SIGMA))
-    solution = evolve(
-        system, (pulse,), start="v", window_s=(-8 * SIGMA, 8 * SIGMA), method=ENGINES[engine]
-    )
+    solution = evolve(system, (pulse,), start="v", window_s=(-8 * SIGMA, 8 * SIGMA), method=ENGINES[engine])
     p_v, p_s, p_m = populations(solution)
     np.testing.assert_allclose(p_s[:6], expected, atol=1e-8)
     np.testing.assert_allclose(p_s[6:], weak**2 / 4 * np.exp(-(weak_detuning**2)), atol=weak**4 + 1e-10)
@@ -368,7 +366,7 @@ def test_a_stiff_rate_takes_the_population_to_the_leak_level():
 def test_trace_hermiticity_and_positivity(n):
     rng = np.random.default_rng(n)
     lanes = 30
-    uniform = lambda low, high: rng.uniform(low, high, lanes)  # noqa: E731
+    uniform = lambda low, high: rng.uniform(low, high, lanes)
     scheme = LAMBDA if n == 3 else LADDER
     system = scheme.system(
         detuning_1_hz=uniform(-9e3, 9e3),
@@ -432,7 +430,11 @@ def test_saved_times_of_each_lane(engine):
     separation = np.array([5.0, 9.0]) * SIGMA
     saves = np.stack([separation, separation + 8 * SIGMA, np.full(2, -8 * SIGMA)])  # in no order
     solution = evolve(
-        ion(), pair(2.0, 1.0, separation), start="v", window_s=around(separation), save_s=saves[[2, 0, 1]],
+        ion(),
+        pair(2.0, 1.0, separation),
+        start="v",
+        window_s=around(separation),
+        save_s=saves[[2, 0, 1]],
         method=ENGINES[engine],
     )
     end = evolve(ion(), pair(2.0, 1.0, separation), start="v", window_s=around(separation), method=ENGINES[engine])
@@ -528,7 +530,7 @@ def test_the_error_falls_with_the_eighth_power_of_the_step():
     # Detuned, so that nothing cancels. The window is the pulse's support: every step falls on the pulse.
     system = lossless(np.array([0.0, 1.2, 0.0]) / SIGMA)
     window = tuple(float(t) for t in pulse.support_s)
-    solve = lambda method: populations(evolve(system, (pulse,), start="v", window_s=window, method=method))  # noqa: E731
+    solve = lambda method: populations(evolve(system, (pulse,), start="v", window_s=window, method=method))
     exact = solve(StaticGrid(1e-13))
     np.testing.assert_allclose(exact, solve(Adaptive(1e-13, 1e-15)), atol=1e-12)
     # Two segments of no length, outside the support, take one step each.
@@ -547,7 +549,7 @@ LANES = 200
 def random_devices():
     """Lambda ions all over the box: widths, overlap, detunings, noise."""
     rng = np.random.default_rng(7)
-    uniform = lambda low, high: rng.uniform(low, high, LANES)  # noqa: E731
+    uniform = lambda low, high: rng.uniform(low, high, LANES)
     sigma_1, sigma_2 = 10e-6 * 3 ** uniform(0, 1), 10e-6 * 3 ** uniform(0, 1)
     separation = uniform(0, 8) * np.hypot(sigma_1, sigma_2)
     system = ion(
@@ -597,7 +599,7 @@ def test_error_estimates_hold_lane_by_lane():
 
 def test_the_two_methods_agree_over_random_devices():
     system, pulses, window = random_devices()
-    some = lambda tree: jax.tree.map(lambda a: a[..., :24] if np.shape(a)[-1:] == (LANES,) else a, tree)  # noqa: E731
+    some = lambda tree: jax.tree.map(lambda a: a[..., :24] if np.shape(a)[-1:] == (LANES,) else a, tree)
     reference = evolve(some(system), some(pulses), start="v", window_s=some(window), method=Adaptive())
     np.testing.assert_allclose(populations(reference), populations(precise())[:, :24], atol=1e-10)
 
@@ -832,7 +834,7 @@ def derivatives():
 @functools.cache
 def jacobian(differentiation):
     method = StaticGrid(1e-10, steps=192, differentiation=differentiation)
-    outputs = lambda values: solve_traced(values, method).populations[0]  # noqa: E731
+    outputs = lambda values: solve_traced(values, method).populations[0]
     transform = jax.jacrev if differentiation == "reverse" else jax.jacfwd
     values = {name: jnp.asarray(value) for name, value in AT.items()}
     result = eqx.filter_jit(transform(outputs))(values)
@@ -871,8 +873,10 @@ def test_derivatives_of_the_closed_form():
 
 def test_derivatives_at_zero_area_are_finite():
     gradient = eqx.filter_jit(
-        jax.jacrev(lambda a: evolve(
-            ion(), pair(a[0], a[1], 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=StaticGrid(steps=96)
-        ).populations[0])
+        jax.jacrev(
+            lambda a: evolve(
+                ion(), pair(a[0], a[1], 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=StaticGrid(steps=96)
+            ).populations[0]
+        )
     )(jnp.zeros(2))
     np.testing.assert_allclose(gradient, 0.0, atol=1e-12)

@@ -12,15 +12,8 @@ import sympy
 from scipy import constants
 from sympy.physics.wigner import wigner_6j
 
-from twin.ion import (
-    YB171,
-    Datum,
-    Level,
-    directivity,
-    peak_intensity_w_m2,
-    rabi_frequency_rad_s,
-    six_j_squared,
-)
+from twin.atom import Datum, Level, directivity, peak_intensity_w_m2, rabi_frequency_rad_s, six_j_squared
+from twin.ion import YB171
 
 GAUSS_TESLA = 1e-4
 HALF = Fraction(1, 2)

@@ -152,7 +152,10 @@ def test_a_graph_without_jumps_is_closed():
     [
         (lambda: LevelSystem(("v", "v"), (), np.zeros(2)), r"`levels` must have distinct names, but is \('v', 'v'\)"),
         (lambda: LevelSystem(("v", "s"), (("v", "d"),), np.zeros(2)), r"level `d` is not in the graph \('v', 's'\)"),
-        (lambda: LevelSystem(("v", "s"), (("v", "v"),), np.zeros(2)), r"a coupling must join two levels, but .* itself"),
+        (
+            lambda: LevelSystem(("v", "s"), (("v", "v"),), np.zeros(2)),
+            r"a coupling must join two levels, but .* itself",
+        ),
         (
             lambda: LevelSystem(("v", "s"), (), np.zeros(2), decays=(Decay("s", "x", 1.0),)),
             r"level `x` is not in the graph",

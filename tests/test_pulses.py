@@ -37,9 +37,7 @@ CASES = {
         -2.5,
         lambda t: -2.5 / (math.sqrt(2 * math.pi) * SIGMA_S) * math.exp(-(t**2) / (2 * SIGMA_S**2)),
     ),
-    "sech": Case(
-        Sech(5e4, -4e-6, SIGMA_S), math.pi * 5e4 * SIGMA_S, lambda t: 5e4 / math.cosh((t + 4e-6) / SIGMA_S)
-    ),
+    "sech": Case(Sech(5e4, -4e-6, SIGMA_S), math.pi * 5e4 * SIGMA_S, lambda t: 5e4 / math.cosh((t + 4e-6) / SIGMA_S)),
     "sech, with phase": Case(
         Sech.from_area(3.0, center_s=0.0, tau_s=SIGMA_S, phase_rad=-2.0),
         3.0,
@@ -236,7 +234,7 @@ def test_gradients_are_the_finite_differences(case):
     for k, leaf in enumerate(leaves):
         for index in np.ndindex(leaf.shape):
             step = 1e-6 * max(float(jnp.abs(leaf).max()), SIGMA_S)
-            shifted = lambda h, k=k, i=index: [v.at[i].add(h) if n == k else v for n, v in enumerate(leaves)]  # noqa: E731
+            shifted = lambda h, k=k, i=index: [v.at[i].add(h) if n == k else v for n, v in enumerate(leaves)]
             expected = (outputs(shifted(step)) - outputs(shifted(-step))) / (2 * step)
             scale = np.abs(expected).max() + 1e-12
             np.testing.assert_allclose(jacobian[k][(slice(None), *index)], expected, rtol=1e-5, atol=1e-6 * scale)

@@ -84,7 +84,12 @@ def optimize_run(out: RunFolder, target: str) -> None:
         "rabi_1_after_hz": ("time", pulse(19.2e3, 0.0, 10.4e-6)),
         "rabi_2_after_hz": ("time", pulse(16.0e3, 96e-6, 12.5e-6)),
     }
-    result: dict[str, Any] = {"kind": "optimize", "status": "converged", "target": target, "history": [0.03, 0.01, 0.003]}
+    result: dict[str, Any] = {
+        "kind": "optimize",
+        "status": "converged",
+        "target": target,
+        "history": [0.03, 0.01, 0.003],
+    }
     if target == "obedience":
         x, r = np.linspace(0, 1, 21), np.linspace(0, 1, 15)
         error = 0.04 * np.outer(np.sin(np.pi * x), np.cos(3 * r))

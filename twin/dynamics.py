@@ -139,7 +139,9 @@ def evolve(
         )
     method = StaticGrid() if method is None else method
     if len(pulses) > len(system.couplings):
-        raise ValueError(f"{len(pulses)} pulses for {len(system.couplings)} couplings; give at most one pulse a coupling.")
+        raise ValueError(
+            f"{len(pulses)} pulses for {len(system.couplings)} couplings; give at most one pulse a coupling."
+        )
     system = dataclasses.replace(system, couplings=system.couplings[: len(pulses)])
     window = (real_array(window_s[0]), real_array(window_s[1]))
     if not is_traced(window) and np.any(np.asarray(window[1]) <= np.asarray(window[0])):
@@ -177,7 +179,9 @@ _NOT_SEEN = (
     "a pulse was stepped over: no step of the solution lies within its core; "
     "widen `window_s` to hold the pulse, or raise `steps`."
 )
-_TOO_COARSE = "the static grid is too coarse for the requested error; raise `steps`, raise `error`, or use `Adaptive()`."
+_TOO_COARSE = (
+    "the static grid is too coarse for the requested error; raise `steps`, raise `error`, or use `Adaptive()`."
+)
 _NOT_SOLVED = "the adaptive solver did not reach the end; raise `max_steps`, or set `stiff=True` for fast rates."
 
 
@@ -239,7 +243,7 @@ def _solve_grid(problem: _Problem, shape: tuple[int, ...], method: StaticGrid, a
 
 
 def _solve_lanes(problem: _Problem, method: Adaptive, axes: int):
-    solve = lambda p: _solve_adaptive(p, method)  # noqa: E731
+    solve = lambda p: _solve_adaptive(p, method)
     for _ in range(axes):
         solve = jax.vmap(solve, in_axes=-1, out_axes=-1)
     return solve(problem)

@@ -79,7 +79,9 @@ class LevelSystem(eqx.Module):
                 raise ValueError(f"a coupling must join two levels, but {pair} joins one to itself.")
         for d in self.dephasings:
             if len(d.weights) != len(self.levels):
-                raise ValueError(f"`weights` must have {len(self.levels)} entries, one a level, but has {len(d.weights)}.")
+                raise ValueError(
+                    f"`weights` must have {len(self.levels)} entries, one a level, but has {len(d.weights)}."
+                )
         if self.energies_rad_s.shape[:1] != (len(self.levels),):
             raise ValueError(
                 f"`energies_rad_s` must have the leading axis {len(self.levels)}, one a level, "

@@ -217,7 +217,7 @@ def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Arr
 
 
 def _cycles_after_components(response: Response) -> Response:
-    move: Callable = lambda a: jnp.moveaxis(a, 0, 1)  # noqa: E731  a scan stacks cycles in front
+    move: Callable = lambda a: jnp.moveaxis(a, 0, 1)
     return Response(
         move(response.populations),
         move(response.coherence_vs),

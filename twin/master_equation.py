@@ -126,7 +126,9 @@ def schroedinger_rhs(
     return _dense(reals + imags, amplitudes[0])
 
 
-def pack_density(rho: Complex[np.ndarray, "levels levels"] | Float[np.ndarray, "levels levels"]) -> Float[Array, "components"]:
+def pack_density(
+    rho: Complex[np.ndarray, "levels levels"] | Float[np.ndarray, "levels levels"],
+) -> Float[Array, "components"]:
     """Real components of a density matrix; it must be Hermitian."""
     rho = np.asarray(rho, dtype=complex)
     if not np.allclose(rho, rho.conj().T, atol=1e-12):

@@ -130,7 +130,9 @@ class IonMemristor(AbstractMemristor):
             check_not_negative(name, getattr(self, name), "a plain number")
         for name in ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz", "detuning_1_hz"):
             accept = (lambda v: v == v) if name.startswith("detuning") else (lambda v: v >= 0)
-            check_values(name, getattr(self, name), accept, "finite and, for a linewidth, not negative", "give it in Hz")
+            check_values(
+                name, getattr(self, name), accept, "finite and, for a linewidth, not negative", "give it in Hz"
+            )
         check_values("detuning_2_hz", self.detuning_2_hz, lambda v: v == v, "finite", "give it in Hz")
         for name in ("separation_s", "lead_s", "tail_s"):
             check_not_negative(name, getattr(self, name), "seconds")

@@ -13,9 +13,7 @@ _LAGUERRE_TERMS = 48
 _N_BAR_SHIFT = 1e-14
 
 
-def thermal_quadrature(
-    n_bar: Float[Array, ""], nodes: int
-) -> tuple[Float[Array, " nodes"], Float[Array, " nodes"]]:
+def thermal_quadrature(n_bar: Float[Array, ""], nodes: int) -> tuple[Float[Array, " nodes"], Float[Array, " nodes"]]:
     """Gauss quadrature for the thermal distribution: sum_n p_n f(n) = sum_i w_i f(n_i) for polynomials to 2 nodes - 1.
 
     The orthogonal polynomials are Meixner's; nodes and weights are eigenvalues and squared first components of their

@@ -227,7 +227,9 @@ class PiecewiseConstant(AbstractPulse):
     def __check_init__(self):
         check_positive("duration_s", self.duration_s, "seconds")
         if self.real_rad_s.ndim == 0:
-            raise ValueError("`real_rad_s` must have a leading axis of slices, but is a scalar; give one value a slice.")
+            raise ValueError(
+                "`real_rad_s` must have a leading axis of slices, but is a scalar; give one value a slice."
+            )
 
     @classmethod
     def square(cls, area_rad, *, center_s, duration_s, phase_rad=None) -> "PiecewiseConstant":
@@ -251,9 +253,7 @@ class PiecewiseConstant(AbstractPulse):
         del t_s  # constant inside the piece that holds `within_s`
         # Counting the edges passed uses the very numbers of `breakpoints_s`: no rounding can move a time across one.
         piece = sum((within_s >= edge).astype(int) for edge in self.breakpoints_s)
-        return Drive(
-            _pick(self.real_rad_s, piece), None if self.imag_rad_s is None else _pick(self.imag_rad_s, piece)
-        )
+        return Drive(_pick(self.real_rad_s, piece), None if self.imag_rad_s is None else _pick(self.imag_rad_s, piece))
 
     @property
     def area_rad(self) -> Float[Array, "..."]:
