@@ -79,8 +79,8 @@ def minimize(
         loss: a module-level function (its identity keys the compiled program), differentiable in reverse mode.
         args: its data, a pytree; new values do not recompile.
         starts: initial points, unbounded coordinates.
-        active: starts to run (all by default); the others stay where they are, with loss NaN. One number of starts is one
-            compiled program, so a stage on the best few keeps the places of all.
+        active: starts to run (all by default); the others stay where they are, with loss NaN. One number of starts is
+            one compiled program, so a stage on the best few keeps the places of all.
         each: further data with a leading axis of starts, one slice for each.
         stage: optimizer and stopping rule.
         chunk: iterations between calls of `on_progress`.
@@ -128,7 +128,7 @@ def _advance(loss, stage: Stage, iterations: Int[Array, ""], args, each, walkers
             )
             stalled = jnp.abs(walker.value - value) < stage.tolerance
             stalls = jnp.where(stalled, walker.stalls + 1, 0)
-            return _Walker(walker.point + updates, state, value, stalls, walker.taken + 1)
+            return _Walker(optax.apply_updates(walker.point, updates), state, value, stalls, walker.taken + 1)
 
         def unfinished(carry):
             i, w = carry

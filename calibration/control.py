@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -168,7 +169,7 @@ def optimize(
         )
     if isinstance(device.method, Automatic):
         device = dataclasses.replace(device, method=StaticGrid(error=device.method.error))
-    device = anchored(device)
+    device = cast(IonMemristor, anchored(device))
     present = {name: _present(device, name) for name in bounds}
     for name, value in present.items():
         low, high = bounds[name]

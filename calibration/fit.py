@@ -112,7 +112,8 @@ def fit(
             while parameters vary).
 
     Example:
-        >>> result = fit(IonMemristor(memory=MovingAverage(10.0)), read_table("loops.csv"), {"rabi_scale_1": (0.7, 1.3)})
+        >>> device = IonMemristor(memory=MovingAverage(10.0))
+        >>> result = fit(device, read_table("loops.csv"), {"rabi_scale_1": (0.7, 1.3)})
     """
     parameters = FreeParameters.from_boxes(free)
     experiment = Experiment.from_table(table)
@@ -186,7 +187,7 @@ def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
 def _scales(
     device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
 ) -> Float[Array, "starts n n"]:
-    """Inverse square root of the Fisher information in unbounded coordinates, plus that of the uniform prior (3/pi^2)."""
+    """Inverse square root of the information in unbounded coordinates; the uniform prior adds 3 / pi^2 to it."""
     scales = []
     for u in points:
         values, slopes = jax.jvp(parameters.bounded, (u,), (jnp.ones_like(u),))
@@ -270,8 +271,8 @@ def _conclude(
     chi2 = float(chi2) / dof if dof > 0 else float("nan")
     if dof > 0 and abs(chi2 - 1) > 5 * np.sqrt(2 / dof):
         notes.append(
-            f"Pearson chi2/dof is {chi2:.2f}, more than five standard deviations from 1: the model does not describe these "
-            "data, or their errors are misstated; the intervals are not to be trusted."
+            f"Pearson chi2/dof is {chi2:.2f}, more than five standard deviations from 1: the model does not describe "
+            "these data, or their errors are misstated; the intervals are not to be trusted."
         )
     return FitResult(
         status="",

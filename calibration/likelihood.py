@@ -136,7 +136,7 @@ def _observations(table: LoopTable, column: str) -> Observations | None:
     scale = table.shots if counted else getattr(table, f"{column}_err")
     measured = np.isfinite(value)
     if counted:
-        measured = measured & (scale > 0)
+        measured = measured & (np.asarray(scale) > 0)
     return Observations(
         jnp.asarray(np.where(measured, value, 0.0), float),
         jnp.asarray(np.where(measured, scale, 1.0), float),

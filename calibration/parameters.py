@@ -6,6 +6,7 @@ ever clipped and every value has a gradient.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -82,7 +83,7 @@ class FreeParameters(eqx.Module):
 
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
     """A device with named parameters replaced; `window_cycles` is its memory's window."""
-    fields = {name: value for name, value in values.items() if name != "window_cycles"}
+    fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
     known = {f.name for f in dataclasses.fields(device)}
     for name in fields:
         if name not in known:
@@ -95,7 +96,8 @@ def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array,
 def value_of(device: AbstractMemristor, name: str) -> Float[Array, "..."]:
     """Current value of a named parameter."""
     if name == "window_cycles":
-        return device.memory.tau_cycles if isinstance(device.memory, Exponential) else device.memory.window_cycles
+        name = "tau_cycles" if isinstance(device.memory, Exponential) else name
+        return getattr(device.memory, name)
     return getattr(device, name)
 
 

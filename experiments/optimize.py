@@ -1,7 +1,7 @@
 """`iontwin optimize`: pulse commands for the device as configured, or as a fit found it.
 
-Leaves ``result.json`` (commands before and after, the target's number recomputed by the reference solver), ``arrays.nc``
-(waveforms, and error maps or loops) and the report.
+Leaves ``result.json`` (commands before and after, the target's number recomputed by the reference solver),
+``arrays.nc`` (waveforms, and error maps or loops) and the report.
 """
 
 import dataclasses
@@ -138,12 +138,15 @@ def _arrays(device: IonMemristor, design: Design, target: Target) -> xr.Dataset:
         x, r = (jnp.asarray(a.ravel()) for a in np.meshgrid(grid, grid, indexing="ij"))
         data |= {"x_set": ("x_set", grid, {"units": "1"}), "r_set": ("r_set", grid, {"units": "1"})}
         for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
-            offsets = tuple(jnp.asarray(o, float) for o in offsets)
-            error = np.asarray(disobedience(twin, x, r, offsets)).reshape(_MAP_POINTS, _MAP_POINTS)
+            error = np.asarray(disobedience(twin, x, r, _arrays_of(offsets))).reshape(_MAP_POINTS, _MAP_POINTS)
             data[f"error_{which}"] = (("x_set", "r_set"), error, {"units": "1"})
     elif isinstance(target, LoopShape):
         for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
-            x, y = target.loop(twin, tuple(jnp.asarray(o, float) for o in offsets))
+            x, y = target.loop(twin, _arrays_of(offsets))
             data[f"x_{which}"] = ("cycle", np.asarray(x), {"units": "1"})
             data[f"y_{which}"] = ("cycle", np.asarray(y), {"units": "1"})
     return xr.Dataset(data)
+
+
+def _arrays_of(offsets_hz: tuple[float, float]) -> tuple[jnp.ndarray, jnp.ndarray]:
+    return jnp.asarray(offsets_hz[0], float), jnp.asarray(offsets_hz[1], float)

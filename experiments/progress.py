@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -13,7 +13,7 @@ Report = Callable[[str, int, int, float], None]
 
 
 @contextlib.contextmanager
-def search_progress(out: RunFolder, quantity: str) -> Iterator[Report]:
+def search_progress(out: RunFolder, quantity: str) -> Generator[Report]:
     """Yields `report(stage, iterations done, most iterations, best value)`.
 
     Args:

@@ -232,9 +232,10 @@ TABLE = [
 )
 def test_table_of_overlap(method):
     separation, *expected = np.array(TABLE).T
-    # The table gives one or two digits: half a unit of the last is up to 7 %.
+    # The table gives one or two digits: half a unit of the last is up to 7 %. Its smallest entries carry the rounding
+    # of the solver it was made with.
     for got, column in zip(deviation(method, separation), expected, strict=True):
-        np.testing.assert_allclose(got, column, rtol=0.08)
+        np.testing.assert_allclose(got, column, rtol=0.08, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ detuned, dephased
@@ -387,7 +388,7 @@ def test_trace_hermiticity_and_positivity(n):
     assert np.linalg.eigvalsh(rho).min() > -1e-8
     purity = np.einsum("...ij,...ji->...", rho, rho).real
     assert purity.max() < 1 + 1e-8
-    assert purity[-1].max() < 0.99
+    assert purity[-1].min() < 0.7
 
 
 def test_norm_of_a_closed_system():

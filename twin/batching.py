@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 
@@ -56,13 +57,13 @@ def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0):
             for f in dataclasses.fields(tree)
             if not f.metadata.get("static", False)
         }
-        return dataclasses.replace(tree, **new)  # ty: ignore[invalid-argument-type]
+        return dataclasses.replace(tree, **new)
     return None if tree is None else jnp.broadcast_to(tree, tree.shape[:leading] + shape)
 
 
 def is_traced(*trees) -> bool:
     """Whether any number is still a tracer, so that Python cannot look at its value."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def check_values(name: str, value, accept, requirement: str, remedy: str) -> None:

@@ -46,7 +46,8 @@ class StaticGrid(eqx.Module):
             raise ValueError(f"`steps` must be at least 1, but is {self.steps}; None lays the number from the pulses.")
         if self.differentiation not in ("reverse", "forward"):
             raise ValueError(
-                f"`differentiation` must be 'reverse' (jax.grad) or 'forward' (jax.jvp), but is {self.differentiation!r}."
+                "`differentiation` must be 'reverse' (jax.grad) or 'forward' (jax.jvp), "
+                f"but is {self.differentiation!r}."
             )
 
 
@@ -73,7 +74,7 @@ class Solution(eqx.Module):
         state: real components, shape (saves, components, *batch): see `twin.master_equation`.
         populations: shape (saves, levels, *batch).
         coverage: steps within the core of each pulse, shape (pulses, *batch).
-        valid: per lane: finite, every pulse seen, and steps short enough for the requested error. Invalid lanes are NaN.
+        valid: per lane: finite, every pulse seen, steps short enough for the error asked for. Invalid lanes are NaN.
         error_estimate: population error expected from the step length, shape (*batch); NaN for `Adaptive`, whose error
             is set by its tolerances.
     """
@@ -90,9 +91,9 @@ class _Problem(eqx.Module):
     system: LevelSystem
     pulses: tuple[AbstractPulse, ...]
     window_s: tuple[Float[Array, "..."], Float[Array, "..."]]
+    pure: bool = eqx.field(static=True)
     save_s: Float[Array, "saves ..."] = physical(1)
     state: Float[Array, "components ..."] = physical(1)
-    pure: bool = eqx.field(static=True)
 
     def drives(self, time: grids.StageTime) -> list[Drive]:
         """Each pulse's drive; a leading axis of stages may come before the batch."""
@@ -158,7 +159,7 @@ def evolve(
     state = _initial_state(system, start, pure)
     state = jnp.broadcast_to(state.reshape((-1,) + (1,) * len(shape)), (state.shape[0], *shape))
     # One number a lane from here on: a number shared by lanes would be summed over them at every stage of a gradient.
-    problem = broadcast_batch(_Problem(system, tuple(pulses), window, saves, state, pure), shape)
+    problem = broadcast_batch(_Problem(system, tuple(pulses), window, pure, saves, state), shape)
     if isinstance(method, Adaptive):
         t_s, state, coverage, success = _solve_lanes(problem, method, len(shape))
         bound = jnp.full(shape, jnp.nan)
@@ -224,7 +225,7 @@ def _solve_grid(problem: _Problem, shape: tuple[int, ...], method: StaticGrid, a
     saves = None if at_end else problem.save_s
     share = 1.0 if method.finest is None else grids.coarser_share(method.error, method.finest)
     plan = grids.lay(system, pulses, window, steps, share, shape, saves)
-    t_s, state = _integrate(
+    _, state = _integrate(
         grids.GridDopri8(plan.grid, method.differentiation == "reverse"),
         (0.0, plan.walked.astype(float), 1.0),
         problem,
@@ -233,7 +234,7 @@ def _solve_grid(problem: _Problem, shape: tuple[int, ...], method: StaticGrid, a
         diffrax.ForwardMode() if method.differentiation == "forward" else diffrax.RecursiveCheckpointAdjoint(steps),
         steps,
     )[:2]
-    if not at_end:
+    if saves is not None:
         # Save times are knots of the grid: pick each lane's own point.
         nearest = jnp.argmin(jnp.abs(plan.t_s[None] - saves[:, None]), axis=1)
         state = jnp.take_along_axis(state, nearest[:, None], axis=0)

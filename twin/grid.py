@@ -6,8 +6,9 @@ support and at each breakpoint; between the knots, steps are spread in proportio
 
     density = a max(1 / timescale) + b sum(peak Rabi frequency) + c (spread of energies) + d (sum of jump rates)
 
-(1/s), the first two over the pulses present. Its integral is the lane's action S; with n steps each advances the state by an action q = S / n, and the
-error grows as q^8. `ACTION_PER_STEP` was measured: see tests/test_dynamics.py, which holds it over random devices.
+(1/s), the first two over the pulses present. Its integral is the lane's action S; with n steps each advances the state
+by an action q = S / n, and the error grows as q^8. `ACTION_PER_STEP` was measured: tests/test_dynamics.py holds it over
+random devices.
 """
 
 import math
@@ -177,11 +178,9 @@ def plan_steps(
     knot = knots(pulses, window_s, shape)
     actions = jnp.diff(knot, axis=0) * _density(system, pulses, 0.5 * (knot[:-1] + knot[1:]))
     total = np.asarray(jnp.sum(actions, axis=0), float).ravel()
-    total = total[np.isfinite(total)]
-    if total.size == 0:
-        total = np.zeros(1)
+    largest = max((float(s) for s in total if math.isfinite(s)), default=0.0)
     # One step a segment is given away before the others are shared out.
-    return 4 * math.ceil((float(total.max()) / allowed_action(error) + knot.shape[0]) / 4)
+    return 4 * math.ceil((largest / allowed_action(error) + knot.shape[0]) / 4)
 
 
 class GridDopri8(diffrax.AbstractSolver):

@@ -10,6 +10,7 @@ with D = pi * FWHM linewidth; one source for both lines adds the two derivatives
 """
 
 import math
+from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ class Scheme(eqx.Module):
 
     name: str = eqx.field(static=True)
     levels: tuple[str, ...] = eqx.field(static=True)
-    start: str = eqx.field(static=True)
+    start: Literal["v", "s"] = eqx.field(static=True)
     slopes: tuple[tuple[float, ...], tuple[float, ...]] = eqx.field(static=True)
     decays: tuple[tuple[str, str, str], ...] = eqx.field(static=True)
     dark: tuple[str, ...] = eqx.field(static=True)

@@ -28,6 +28,10 @@ def _add(a: _Part, b: _Part, sign: float = 1.0) -> _Part:
     return a + b if sign > 0 else a - b
 
 
+def _negative(a: _Part) -> _Part:
+    return None if a is None else -a
+
+
 def _mul(a: _Part, b: _Part) -> _Part:
     return None if a is None or b is None else a * b
 
@@ -94,15 +98,15 @@ def lindblad_rhs(
     for a, b in pairs:
         real, imag = commutator(a, b)
         energy = system.energies_rad_s[a] - system.energies_rad_s[b]
-        real, imag = _add(real, energy * parts[a, b][0]), _add(imag, _mul(energy, parts[a, b][1]))
+        real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
         damping: _Part = None
         for level in (a, b):
-            damping = _add(damping, None if loss[level] is None else 0.5 * loss[level])
+            damping = _add(damping, _mul(jnp.asarray(0.5), loss[level]))
         for d in system.dephasings:
             square = (d.weights[a] - d.weights[b]) ** 2
             damping = _add(damping, square * d.rate_per_s if square else None)
         out.append(_add(imag, _mul(damping, parts[a, b][0]), -1.0))
-        out.append(_add(None if real is None else -real, _mul(damping, parts[a, b][1]), -1.0))
+        out.append(_add(_negative(real), _mul(damping, parts[a, b][1]), -1.0))
     return _dense(out, rho[0])
 
 
@@ -111,18 +115,19 @@ def schroedinger_rhs(
 ) -> Float[Array, "components ..."]:
     """d c / dt in real components, 1/s: `i dc/dt = H c`."""
     n = len(system.levels)
-    c: list[_Pair] = [(amplitudes[j], amplitudes[n + j]) for j in range(n)]
     h = _hamiltonian(system, drives)
     reals: list[_Part] = []
     imags: list[_Part] = []
     for a in range(n):
-        real, imag = (system.energies_rad_s[a] * c[a][0], system.energies_rad_s[a] * c[a][1])
+        energy = system.energies_rad_s[a]
+        real: _Part = energy * amplitudes[a]
+        imag: _Part = energy * amplitudes[n + a]
         for b in range(n):
             if (a, b) in h:
-                term = _product(h[a, b], c[b])
+                term = _product(h[a, b], (amplitudes[b], amplitudes[n + b]))
                 real, imag = _add(real, term[0]), _add(imag, term[1])
         reals.append(imag)
-        imags.append(-real)
+        imags.append(_negative(real))
     return _dense(reals + imags, amplitudes[0])
 
 

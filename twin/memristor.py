@@ -155,7 +155,9 @@ class IonMemristor(AbstractMemristor):
     def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz) -> "IonMemristor":
         device = self
         if isinstance(device.method, Automatic):
-            method = device._choose(x_set, jnp.ones_like(x_set), detuning_1_set_hz, detuning_2_set_hz)
+            method = device._choose(
+                x_set, jnp.ones_like(x_set), detuning_1_set_hz, detuning_2_set_hz, device.method.error
+            )
             device = dataclasses.replace(device, method=method)
         undecided = isinstance(device.method, StaticGrid) and device.method.steps is None and device.steps is None
         if undecided and not is_traced(device, detuning_1_set_hz, detuning_2_set_hz):
@@ -303,8 +305,7 @@ class IonMemristor(AbstractMemristor):
             total = total + theta * cut / 4 + 2 * (delta * sigma_s) ** 2 + 2 * dephasing * sigma_s
         return total + (self.lead_s + tail_s) * (1 / self.lifetime_s + 1 / self.m_lifetime_s)
 
-    def _choose(self, x_set, r_set, d1, d2) -> ClosedForm | StaticGrid:
-        error = self.method.error
+    def _choose(self, x_set, r_set, d1, d2, error: float) -> ClosedForm | StaticGrid:
         bound = self.closed_form_error(x_set, r_set, d1, d2)
         if is_traced(bound):
             raise ValueError(

@@ -1,0 +1,66 @@
+"""The doctor: what it finds here, and that it sees an illness."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from experiments import doctor
+from experiments.cli import _leaves
+
+
+@pytest.fixture(scope="module")
+def found():
+    return doctor.run()
+
+
+def test_this_installation_is_well(found):
+    assert found["status"] == "done"
+    assert found["precision"] == {"float": "float64", "ok": True}
+    assert {"python", "jax", "jaxlib", "diffrax", "equinox", "optax"} <= set(found["versions"])
+    assert found["devices"]
+    assert found["run"]["second_s"] < found["run"]["first_s"]
+
+
+def test_derivatives_are_checked_with_their_error(found):
+    assert set(found["gradients"]) == {"rabi_scale_1", "detuning_1_hz", "window_cycles"}
+    for check in found["gradients"].values():
+        assert check["ok"]
+        assert 0 < check["relative_error"] < 1e-7
+        assert check["gradient"] == pytest.approx(check["finite_difference"], rel=1e-7)
+
+
+def test_the_closed_form_is_checked(found):
+    assert 0 < found["closed_form"]["largest_error"] < 1e-8
+
+
+def test_it_prints_as_lines(found):
+    lines = dict(_leaves(found))
+    assert lines["precision ok"] == "yes"
+    assert "cpu" in lines["devices"] or "gpu" in lines["devices"]
+    assert all(not isinstance(value, dict | list) for value in lines.values())
+
+
+def test_an_illness_is_named(monkeypatch):
+    """A device with decay is not the closed form's; a gradient that is off; a cache that is a file."""
+    device = doctor.IonMemristor
+    monkeypatch.setattr(doctor, "IonMemristor", lambda **fields: dataclasses.replace(device(**fields), lifetime_s=1e-3))
+    assert not doctor._closed_form()["ok"]
+    monkeypatch.setattr(doctor, "_GRADIENT_TOLERANCE", 0.0)
+    for check in ("_precision", "_compile_cache", "_closed_form", "_timed_run"):
+        monkeypatch.setattr(doctor, check, lambda: {"ok": True})
+    assert doctor.run()["status"] == "failed: gradients.rabi_scale_1, gradients.detuning_1_hz, gradients.window_cycles"
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        (tmp_path / "file").write_text("")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
+        assert not doctor._compile_cache()["ok"]
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "new"))
+        assert doctor._compile_cache() == {"folder": str(tmp_path / "new"), "entries": 0, "ok": True}
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert doctor._compile_cache()["ok"]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,62 @@
+"""Reproduced numbers: all within their tolerance, told apart from what is only stated, and able to fail."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import reproduce
+from twin.memristor import PhotonicMemristor
+
+KEYS = ["name", "quantity", "expected", "obtained", "tolerance", "verdict"]
+
+
+@pytest.mark.parametrize("name", reproduce.NAMES)
+def test_every_number_is_reproduced(name, capsys):
+    rows = reproduce.run(name)
+    assert all(list(row) == KEYS for row in rows)
+    assert {row["name"] for row in rows} == {name}
+    assert [row for row in rows if row["verdict"] != "pass"] == []
+    assert all(np.isfinite(row["obtained"]) and 0 < row["tolerance"] for row in rows)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_published_statement_is_told_from_our_numbers(capsys):
+    """It is an upper limit, and the definition behind it was not readable."""
+    rows = {row["quantity"]: row for row in reproduce.run("separated-pulses")}
+    assert "was not readable" in capsys.readouterr().err
+    assert rows["RSD(y) at 13 sigma, %"]["expected"] == "< 0.03 (published)"
+    assert rows["RSD(y) at 13 sigma, %"]["obtained"] < 1e-6
+    crossing = rows["separation at which RSD(y) is 0.03 %, sigma"]
+    assert crossing["expected"] == 4.71
+    assert abs(crossing["obtained"] - 4.71) < 0.01
+
+
+def test_all_is_everything(monkeypatch):
+    row = {"quantity": "q", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}
+    monkeypatch.setattr(reproduce, "NAMES", {"a": lambda: [row], "b": lambda: [row, row]})
+    assert [row["name"] for row in reproduce.run("all")] == ["a", "b", "b"]
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="separated-pulses, simultaneous-pulses, photonic-loop, all"):
+        reproduce.run("separated")
+
+
+@pytest.mark.parametrize("obtained", [1.2, float("nan")])
+def test_a_number_outside_its_tolerance_fails(obtained):
+    assert reproduce._row("q", 1.0, obtained, 0.1)["verdict"] == "fail"
+
+
+def test_a_wrong_twin_is_seen(monkeypatch):
+    """A loss of one part in a million moves the areas beyond their tolerance."""
+    lossy = lambda **fields: dataclasses.replace(PhotonicMemristor(**fields), loss=1e-6)
+    monkeypatch.setattr(reproduce, "PhotonicMemristor", lossy)
+    verdicts = {row["quantity"]: row["verdict"] for row in reproduce.run("photonic-loop")}
+    assert verdicts["loop area at T/T_osc = 0.25"] == "fail"
+    assert verdicts["loop area, 40 cycles a period, window 10"] == "fail"
+
+
+def test_richardson_removes_two_orders():
+    k = np.array([100.0, 200.0, 400.0])
+    assert reproduce._extrapolated(3.0 + 2 / k - 5 / k**2) == pytest.approx(3.0, abs=1e-13)
