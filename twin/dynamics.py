@@ -167,7 +167,7 @@ def evolve(
         t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=save_s is None)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
     silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
-    seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent).reshape(coverage.shape), axis=0)
+    seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent, bool).reshape(coverage.shape), axis=0)
     if shape == ():
         state = _refuse(state, ~seen, _NOT_SEEN)
         state = _refuse(state, ~success, _TOO_COARSE if isinstance(method, StaticGrid) else _NOT_SOLVED)
