@@ -43,8 +43,6 @@ def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str
     device = device_from(config)
     with search_progress(out, "log-likelihood") as progress:
         found = fit(device, table, config.fit.free, starts=config.fit.starts, seed=seed, on_progress=progress)
-    if found.prediction is not None:
-        out.write_arrays(_arrays(table, found))
     seconds = clock.stop()
     out.log(
         f"{found.status}; chi2/dof {found.chi2_per_dof:.3f}; "
@@ -71,7 +69,9 @@ def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str
         **provenance(),
         "data_sha256": table.sha256,
     }
-    out.write_result(result)
+    out.write_result(result)  # first: what follows cannot lose it
+    if found.prediction is not None:
+        out.write_arrays(_arrays(table, found))
     report.write(out)
     for name, one in result["parameters"].items():
         if one["verdict"] != "fixed":

@@ -63,7 +63,6 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
             seed=seed,
             on_progress=progress,
         )
-    out.write_arrays(_arrays(device, design, target))
     seconds = clock.stop()
     notes += _notes(design)
     out.log(
@@ -89,7 +88,8 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         "seconds": seconds,
         **provenance(),
     }
-    out.write_result(result)
+    out.write_result(result)  # first: what follows cannot lose it
+    out.write_arrays(_arrays(device, design, target))
     report.write(out)
     for name, command in design.commands.items():
         bound = " (at its bound)" if command.at_bound else ""

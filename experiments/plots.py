@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 VERDICT_COLOURS = {"identified": GREEN, "weak": "#E69F00", "not identified": ORANGE, "at bound": "#CC79A7"}
 
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

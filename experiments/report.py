@@ -76,28 +76,27 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         yield Picture(
             "loops",
             "Hysteresis loops",
-            f"Points: what was measured, with binomial standard errors. Line: the {model}; arrows show the order of the "
-            "cycles.",
+            f"Points: what was measured, with standard errors. Line: the {model}; arrows show the order of the cycles.",
             plots.loops(columns, model),
         )
     if {"residual_x", "residual_y"} <= set(columns):
         yield Picture(
             "residuals",
             "Residuals",
-            "Measured minus model in units of the standard error. 95 % of the points belong into the grey band, without "
-            "a trend.",
+            "Measured minus model in units of the standard error. 95 % of the points belong into the grey band, "
+            "without a trend.",
             plots.residuals(columns),
         )
-    if result.get("kind") == "fit" and result.get("parameters"):
-        boxes = run.config.fit.free if run.config.fit else {}
+    boxes = run.config.fit.free if run.config.fit else {}
+    if result.get("kind") == "fit" and set(boxes) & set(result.get("parameters", {})):
         yield Picture(
             "intervals",
             "Parameters in their prior boxes",
             "Black mark: estimate. Coloured bar: 95 % interval. Grey bar: the prior box.",
             plots.intervals(result["parameters"], boxes),
         )
-    if len(result.get("correlation", {}).get("names", ())) > 1:
-        matrix = np.array(result["correlation"]["matrix"], float)
+    matrix = np.array(result.get("correlation", {}).get("matrix", ()), float)
+    if len(matrix) > 1:
         yield Picture(
             "correlation",
             "Correlations",
@@ -136,7 +135,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     """The outcome of a run in one paragraph."""
     kind, status = result.get("kind"), str(result.get("status", "unknown"))
     parts = [f"Status: {status}."]
-    if kind == "fit" and result.get("parameters"):
+    if kind == "fit" and result.get("log_likelihood") is not None:
         parts.append(_fit_in_words(result))
     if kind == "simulate":
         methods = sorted({loop["method"] for loop in result["loops"].values()})
@@ -150,7 +149,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def _fit_in_words(result: Mapping[str, Any]) -> str:
-    verdicts = [one["verdict"] for one in result["parameters"].values()]
+    verdicts = [one["verdict"] for one in result["parameters"].values() if one["verdict"] != "fixed"]
     counts = {v: verdicts.count(v) for v in dict.fromkeys(verdicts)}
     found = [f"{count} {'is' if count == 1 else 'are'} {v}" for v, count in counts.items()]
     dof = result["n_data"] - result["n_free"]
@@ -215,19 +214,26 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     )
     environment.filters |= {"number": number, "code": _code}
     result = run.result
+    parameters = result.get("parameters", {}) if result.get("kind") == "fit" else {}
     status = str(result.get("status", "unknown"))
     return environment.get_template("report.html.j2").render(
         title=_TITLES.get(result.get("kind", ""), "Run"),
         good=status in ("converged", "done"),
         verdict=verdict(result),
         result=result,
-        parameters=result.get("parameters", {}) if result.get("kind") == "fit" else {},
+        parameters={name: one for name, one in parameters.items() if one["verdict"] != "fixed"},
+        fixed={name: one for name, one in parameters.items() if one["verdict"] == "fixed"},
         commands=result.get("commands", {}),
         metrics=_metrics(result),
         loops=result.get("loops", {}),
         basins=result.get("basins", [])[:6],
         notes=result.get("notes", []),
         pictures=shown,
+        seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},
         config=(run.path / CONFIG).read_text(encoding="utf-8"),
-        facts={key: result[key] for key in ("device", "precision", "seed", "data_sha256") if key in result},
+        facts={
+            key: result[key]
+            for key in ("device", "precision", "seed", "from", "data_sha256")
+            if result.get(key) is not None
+        },
     )

@@ -123,8 +123,9 @@ def _integrated(
 
 def _separated() -> list[Row]:
     print(
-        "separated-pulses: the papers state agreement below 0.03 %; their definition of the relative standard deviation "
-        "was not readable. Here RSD(y) = rms(y - y_closed)/mean(y_closed), 15 x 15 areas in [0.1, pi - 0.05] rad.",
+        "separated-pulses: the papers state agreement below 0.03 %; their definition of the relative standard "
+        "deviation was not readable. Here RSD(y) = rms(y - y_closed)/mean(y_closed) over 15 x 15 areas in "
+        "[0.1, pi - 0.05] rad.",
         file=sys.stderr,
     )
     ratios = np.array([13.0, *(ratio for ratio, _, _ in _RSD), *_CROSSING])

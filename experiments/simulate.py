@@ -79,7 +79,7 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
         devices.append(twin)
         loops.append(loop)
         metrics[one.label] = _metrics(twin, one, loop)
-    arrays = _arrays(config, devices, loops)
+    arrays = _arrays(settings, devices, loops)
     out.write_arrays(arrays)
     if any(one.shots for one in settings):
         write_table(_table(arrays), out.work / TABLE)
@@ -89,7 +89,7 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
         "kind": "simulate",
         "status": f"failed: {invalid} of {cycles} cycles were not solved to the error asked for" if invalid else "done",
         "loops": metrics,
-        "notes": _notes(config, metrics),
+        "notes": _notes(config, settings, metrics),
         "seed": seed,
         "seconds": clock.stop(),
         **provenance(),
@@ -170,10 +170,10 @@ def _metrics(device: AbstractMemristor, settings: LoopSettings, loop: Loop) -> d
     return {name: value if isinstance(value, int | str) else float(value) for name, value in found.items()}
 
 
-def _arrays(config: Config, devices: list[AbstractMemristor], loops: list[Loop]) -> xr.Dataset:
+def _arrays(settings: list[LoopSettings], devices: list[AbstractMemristor], loops: list[Loop]) -> xr.Dataset:
     """Every cycle of every loop as one row; NaN where nothing was measured."""
     parts = []
-    for one, device, loop in zip(config.simulate.loops, devices, loops, strict=True):  # ty: ignore[unresolved-attribute]
+    for one, device, loop in zip(settings, devices, loops, strict=True):
         cycles = loop.x_set.size
         columns = {
             "loop": np.full(cycles, one.label, object),
@@ -219,21 +219,21 @@ def _table(arrays: xr.Dataset) -> LoopTable:
     return LoopTable(r_set=taken.r.values, **{name: taken[name].values for name in same})
 
 
-def _notes(config: Config, metrics: dict[str, Any]) -> list[str]:
+def _notes(config: Config, loops: list[LoopSettings], metrics: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the numbers, in sentences."""
     notes = []
-    for settings, (label, found) in zip(config.simulate.loops, metrics.items(), strict=True):  # ty: ignore[unresolved-attribute]
+    for settings, (label, found) in zip(loops, metrics.items(), strict=True):
         if found["invalid_cycles"]:
             notes.append(
-                f"Loop {label}: {found['invalid_cycles']} of {found['cycles']} cycles were not solved to the error asked "
-                "for and are NaN; raise `device.error`, or look for pulses outside the window."
+                f"Loop {label}: {found['invalid_cycles']} of {found['cycles']} cycles were not solved to the error "
+                "asked for and are NaN; raise `device.error`, or look for pulses outside the window."
             )
         elif math.isnan(found["signed_area"]):
             notes.append(f"Loop {label}: its last period does not close, so it has no area; take more cycles a period.")
         if not settled(config, settings, found["window_cycles"]):
             notes.append(
-                f"Loop {label}: its last period is not yet steady, the memory of {found['window_cycles']:g} cycles still "
-                "holds the history before the first cycle; take more periods."
+                f"Loop {label}: its last period is not yet steady, the memory of {found['window_cycles']:g} cycles "
+                "still holds the history before the first cycle; take more periods."
             )
         if found["method"] == "closed form" and found["error_estimate"] > config.device.error:
             notes.append(
@@ -242,7 +242,7 @@ def _notes(config: Config, metrics: dict[str, Any]) -> list[str]:
             )
         if "lobe_area" not in found:
             notes.append(f"Loop {label}: lobes are summed for at most {_MOST_LOBE_POINTS} cycles a period only.")
-    without = [s.label for s in config.simulate.loops if not s.shots]  # ty: ignore[unresolved-attribute]
+    without = [s.label for s in loops if not s.shots]
     if 0 < len(without) < len(metrics):
         notes.append(f"Loops without shots hold exact values and are not in {TABLE}: {', '.join(without)}.")
     return notes

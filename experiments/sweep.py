@@ -147,7 +147,7 @@ def _largest_error(device: IonMemristor, sweep: Sweep, points: dict[str, np.ndar
     offsets = (sweep.loop.detuning_1_set_hz, sweep.loop.detuning_2_set_hz)
     for begin in range(0, size, _BOUND_SLICE):
         values = {name: jnp.asarray(column[begin : begin + _BOUND_SLICE]) for name, column in own.items()}
-        some = with_parameters(device, values)
+        some = dataclasses.replace(device, **values)
         for x in (0.0, 1.0):  # the V scheme's pulse 1 is longest for x = 0
             worst = max(worst, float(jnp.max(some.closed_form_error(jnp.asarray(x), jnp.asarray(1.0), *offsets))))
     return worst
@@ -161,8 +161,8 @@ def _notes(config: Config, points: dict[str, np.ndarray]) -> list[str]:
     if settled(config, loop, longest):
         return []
     return [
-        f"Where the window is long ({longest:g} cycles at most), the last of {loop.periods} periods is not yet steady: the "
-        "memory still holds the history before the first cycle; take more periods."
+        f"Where the window is long ({longest:g} cycles at most), the last of {loop.periods} periods is not yet steady: "
+        "the memory still holds the history before the first cycle; take more periods."
     ]
 
 

@@ -22,6 +22,7 @@ NAMES = (
 )
 BOXES = ((0.7, 1.3), (0.7, 1.3), (-5e3, 5e3), (-5e3, 5e3), (0.0, 2e3), (0.0, 0.05), (0.0, 0.05))
 VERDICTS = ("identified", "identified", "weak", "identified", "not identified", "at bound", "identified")
+FIXED = {"value": 0.4, "std": 0.0, "ci95": [0.4, 0.4], "unit": "", "verdict": "fixed"}
 ABOUT = {"seed": 3, "device": "cpu, 2 cores", "precision": "float64", "versions": {"jax": "0.12.0"}}
 BASE = parse_config({"data": {"table": "loops.csv"}, "fit": {"free": dict(zip(NAMES, map(list, BOXES), strict=True))}})
 
@@ -63,7 +64,7 @@ def fit_run(out: RunFolder) -> None:
     basin = {"log_likelihood": -2031.77, "starts": 13, "values": {n: p["value"] for n, p in parameters().items()}}
     out.write_result(
         {
-            "kind": "fit", "status": "converged", "parameters": parameters(),
+            "kind": "fit", "status": "converged", "parameters": {**parameters(), "branching": FIXED},
             "correlation": {"names": list(NAMES), "matrix": matrix},
             "log_likelihood": -2031.77, "chi2_per_dof": 1.021, "n_data": 606, "n_free": 7,
             "notes": ["These data do not determine `laser_linewidth_hz`: <the interval> fills the prior box."],
@@ -177,14 +178,16 @@ def test_a_fit_is_judged_in_words(tmp_path):
         fit_run(out)
         report.write(out)
     text = Page(tmp_path / "run" / "report.html").text
-    for part in ("χ²/dof = 1.021", "4 are identified", "1 is not identified", "as it should be", "606 measurements", "1.0412",
-                 "<the interval> fills", "sigma_1_s = 2e-05", "seconds in search"):  # fmt: skip
+    for part in ("χ²/dof = 1.021", "4 are identified", "1 is not identified", "as it should be", "606 measurements",
+                 "<the interval> fills", "sigma_1_s = 2e-05", "seconds in search", "branching = 0.4."):  # fmt: skip
         assert part in text
+    assert "fixed" not in report.verdict({"kind": "fit", **json.loads((tmp_path / "run" / "result.json").read_text())})
     assert "0.95330.0027" in text  # value and standard error, each to the same digit
 
 
 def test_a_poor_fit_is_called_so():
     result = {"kind": "fit", "status": "converged", "parameters": parameters(), "n_data": 606, "n_free": 7}
+    result["log_likelihood"] = -9000.0
     assert "does not explain" in report.verdict({**result, "chi2_per_dof": 1.4})
     assert "too few data" in report.verdict({**result, "chi2_per_dof": None})
 
@@ -217,8 +220,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "std", "text"),
-    [(1.04123, 0.0021, "1.0412"), (-20.4, 95.0, "−20"), (780.2, 610.0, "780"), (2.0013e-5, 3e-8, "2.0013e−05"), (2e-5, None, "2e−05"), (None, 1.0, "–"), (12345, None, "12\u202f345"),
-     (0.0, 0.1, "0"), (0.25135397, None, "0.25135"), (True, None, "True")],
+    [(1.04123, 0.0021, "1.0412"), (-20.4, 95.0, "−20"), (780.2, 610.0, "780"), (2.0013e-5, 3e-8, "2.0013e−05"),
+     (2e-5, None, "2e−05"), (None, 1.0, "–"), (12345, None, "12\u202f345"), (0.0, 0.1, "0"),
+     (0.25135397, None, "0.25135"), (True, None, "True")],
 )  # fmt: skip
 def test_numbers_for_reading(value, std, text):
     assert report.number(value, std) == text

@@ -88,7 +88,7 @@ def test_the_photonic_platform_and_the_kernels():
     assert isinstance(memory_from(exponential), Exponential)
     assert float(value_of(device_from(exponential), "window_cycles")) == 4.0
     assert isinstance(memory_from(parse_config({}), 3.5), MovingAverage)
-    assert float(memory_from(parse_config({}), 3.5).window_cycles) == 3.5  # ty: ignore[unresolved-attribute]
+    assert float(memory_from(parse_config({}), 3.5).window_cycles) == 3.5
 
 
 def test_an_exact_loop_has_the_area_of_the_discrete_formula(tmp_path):
@@ -182,7 +182,12 @@ def test_seeds(noisy, tmp_path):
 
 @pytest.mark.parametrize(
     ("kernel", "window", "steady"),
-    [("moving_average", 40.0, True), ("moving_average", 40.5, False), ("exponential", 5.0, True), ("exponential", 6.0, False)],
+    [
+        ("moving_average", 40.0, True),
+        ("moving_average", 40.5, False),
+        ("exponential", 5.0, True),
+        ("exponential", 6.0, False),
+    ],
 )
 def test_a_loop_that_is_not_steady_is_called_so(kernel, window, steady):
     settings = config(memory={"kernel": kernel})

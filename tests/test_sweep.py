@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -188,20 +189,22 @@ def test_a_bad_point_spoils_no_other(tmp_path, monkeypatch):
     assert bad.tolist() == [False, False, False, True]
     np.testing.assert_array_equal(found.status, np.where(bad, sweep.INVALID, sweep.OK))
     assert (result["ok"], result["invalid"], result["method"]) == (3, 1, "static grid")
+
+
+def test_shot_noise_belongs_to_the_point():
+    """Wherever it stands in a batch, a point has the counts of its number and of the seed."""
+    settings = config(source="measured", loop={"shots": 50})
     assert settings.sweep is not None
-    whole = lay(device_from(settings), {"detuning_1_hz": (0.0, 4e4)})
-    far = with_parameters(whole, {"detuning_1_hz": jnp.asarray(4e4)})
-    assert bool(jnp.all(run_loop(far, sine_input(periods=2, cycles_per_period=4)).valid))
+    device, values = device_from(settings), jnp.array([[0.9], [1.0], [1.0], [1.1]])
 
+    def areas(values, index, seed):
+        found = sweep._batch(device, settings.sweep.loop, ("rabi_scale_1",), values, index, jax.random.key(seed))
+        return np.asarray(found["signed_area"])
 
-def test_shot_noise_belongs_to_the_point(tmp_path):
-    base = {"loop": {"shots": 50}, "parameters": {"rabi_scale_1": [0.8, 1.2]}, "points": 6}
-    found = {}
-    for name, chunk, seed in (("a", 4, 1), ("b", 3, 1), ("c", 4, 2)):
-        sweep.run(config(chunk=chunk, source="measured", **base), tmp_path / f"{name}.zarr", seed)
-        found[name] = stored(tmp_path / f"{name}.zarr").signed_area.values
-    np.testing.assert_allclose(found["a"], found["b"], atol=1e-12)
-    assert np.all(found["a"] != found["c"])
+    first, index = areas(values, jnp.arange(4), 1), jnp.arange(4)
+    np.testing.assert_array_equal(areas(values[::-1], index[::-1], 1)[::-1], first)
+    assert first[1] != first[2]
+    assert np.all(areas(values, index, 2) != first)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,6 @@ def test_a_swept_width_is_the_actual_one():
     settings = config(parameters={"sigma_1_s": [1e-5, 4e-5]})
     assert settings.sweep is not None
     device = with_parameters(sweep._device(settings, sweep.design(settings.sweep, 0)), {"sigma_1_s": jnp.asarray(1e-5)})
-    theta_1, _ = device.areas(jnp.asarray(1.0), jnp.asarray(1.0))  # ty: ignore[unresolved-attribute]
+    theta_1, _ = device.areas(jnp.asarray(1.0), jnp.asarray(1.0))
     assert float(theta_1) == pytest.approx(np.pi / 2)
-    assert float(memory_from(settings).window_cycles) == 10.0  # ty: ignore[unresolved-attribute]
+    assert float(memory_from(settings).window_cycles) == 10.0
