@@ -86,9 +86,12 @@ def minimize(
         chunk: iterations between calls of `on_progress`.
         on_progress: called with the iterations done and the losses.
     """
+    # The tolerance is traced: stages that differ in nothing else are one program.
+    tolerance, stage = jnp.asarray(stage.tolerance, float), stage._replace(tolerance=0.0)
     walkers = _begin(stage, starts, jnp.ones(len(starts), bool) if active is None else active)
     for done in range(0, stage.iterations, chunk):
-        walkers = _advance(loss, stage, jnp.asarray(min(chunk, stage.iterations - done)), args, each, walkers)
+        length = jnp.asarray(min(chunk, stage.iterations - done))
+        walkers = _advance(loss, stage, length, tolerance, args, each, walkers)
         if on_progress is not None:
             on_progress(min(done + chunk, stage.iterations), walkers.value)
         if bool(jnp.all(_finished(walkers))):
@@ -108,7 +111,9 @@ def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool
 
 
 @eqx.filter_jit
-def _advance(loss, stage: Stage, iterations: Int[Array, ""], args, each, walkers: _Walker) -> _Walker:
+def _advance(
+    loss, stage: Stage, iterations: Int[Array, ""], tolerance: Float[Array, ""], args, each, walkers: _Walker
+) -> _Walker:
     optimizer = _optimizer(stage)
 
     def one(walker_and_data) -> _Walker:
@@ -126,7 +131,7 @@ def _advance(loss, stage: Stage, iterations: Int[Array, ""], args, each, walkers
             updates, state = optimizer.update(
                 gradient, walker.state, walker.point, value=value, grad=gradient, value_fn=objective
             )
-            stalled = jnp.abs(walker.value - value) < stage.tolerance
+            stalled = jnp.abs(walker.value - value) < tolerance
             stalls = jnp.where(stalled, walker.stalls + 1, 0)
             return _Walker(optax.apply_updates(walker.point, updates), state, value, stalls, walker.taken + 1)
 

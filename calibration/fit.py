@@ -31,7 +31,8 @@ _SAME_VALUE, _SAME_PLACE = 0.1, 0.02
 _POLISHED = 3
 # Losses are log-likelihoods: 1e-5 nats is a 200th of a standard error.
 _EXPLORATION = Stage("adam", iterations=25, tolerance=1e-2, learning_rate=0.3)
-_DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-5)
+_DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-3)
+_POLISH = _DESCENT._replace(tolerance=1e-5)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def fit(
     basins = _rank(parameters, settled)
     best = np.zeros(starts, bool)
     best[[basin.best_start for basin in basins[:_POLISHED]]] = True
-    polished = search("polish", fine, settled.points, _DESCENT, jnp.asarray(best))
+    polished = search("polish", fine, settled.points, _POLISH, jnp.asarray(best))
     began = time.perf_counter()
     winner = int(np.nanargmin(np.asarray(polished.values)))
     optimum = np.asarray(parameters.bounded(polished.points[winner]))

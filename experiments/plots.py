@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 VERDICT_COLOURS = {"identified": GREEN, "weak": "#E69F00", "not identified": ORANGE, "at bound": "#CC79A7"}
 
-_STYLE: dict[str, Any] = {
+_STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -43,9 +43,7 @@ def _styled(draw: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> T:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE)
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
             return draw(*args, **kwargs)
 
     return styled

@@ -1,11 +1,13 @@
 """The doctor: what it finds here, and that it sees an illness."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from experiments import doctor
 from experiments.cli import _leaves
-from twin import memristor
+from twin.memristor import ClosedForm
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +43,20 @@ def test_it_prints_as_lines(found):
 
 
 def test_an_illness_is_named(monkeypatch):
-    """A closed form of other pulses; a derivative that is off."""
-    wrong = lambda theta_1, *others: amplitudes(1.001 * theta_1, *others)
-    amplitudes = memristor.separated_amplitudes
-    monkeypatch.setattr(memristor, "separated_amplitudes", wrong)
-    jax.clear_caches()
+    """A closed form that is off by a little; a derivative that is off."""
+
+    def off(device, x_set):
+        loop = play(device, x_set)
+        return dataclasses.replace(loop, y=loop.y + 1e-7) if isinstance(device.method, ClosedForm) else loop
+
+    play = doctor.run_loop
+    monkeypatch.setattr(doctor, "run_loop", off)
     for check in ("_precision", "_compile_cache"):
         monkeypatch.setattr(doctor, check, lambda: {"ok": True})
     monkeypatch.setattr(doctor, "_gradients", lambda: {"a": {"ok": True}, "b": {"ok": False}})
-    assert doctor.run()["status"] == "failed: closed_form, gradients.b"
+    # Compiled before, the first run here may be the faster one.
+    failed = doctor.run()["status"].removeprefix("failed: ").split(", ")
+    assert set(failed) - {"run"} == {"closed_form", "gradients.b"}
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):

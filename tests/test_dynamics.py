@@ -1,6 +1,7 @@
 """`evolve` against exact solutions, reference values and independent operators; its grids, flags and gradients."""
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -62,8 +63,8 @@ def populations(solution):
 RNG = np.random.default_rng(20260701)
 GRID_1, GRID_2 = (a.ravel() for a in np.meshgrid(*[np.linspace(0.1, PI - 0.05, 15)] * 2, indexing="ij"))
 
-# PHYSICS section 6: (row, theta_1, theta_2, DT/sigma, d_v sigma) and the populations.
-REFERENCE_V = {
+# PHYSICS section 6: theta_1, theta_2, DT/sigma, d_v sigma, and the populations.
+ROWS_V = {
     "row 4": (PI / 2, PI / 2, 2, 0.0, (0.5041948112, 0.2741327549, 0.2216724339)),
     "row 5": (PI, PI, 2, 0.0, (0.0013465530, 0.0019125407, 0.9967409063)),
     "row 6": (PI, PI, 0, 0.0, (0.0388681487, 0.3165638355, 0.6445680158)),
@@ -71,74 +72,127 @@ REFERENCE_V = {
     "row 10": (PI / 2, PI / 2, 8, 0.3, (0.5439623059, 0.2280188475, 0.2280188466)),
     "row 1": (2 * math.asin(math.sqrt(0.6)), 2 * math.asin(math.sqrt(0.3)), 13, 0.0, (0.4, 0.42, 0.18)),
 }
-REFERENCE_S = {"row 7": (PI / 2, PI / 2, 2, 0.0, (0.4935761142, 0.2322911309, 0.2741327549))}
-RANDOM_1, RANDOM_2 = RNG.uniform(0, PI, (2, 60))
-# One batch for each start: reference rows, separated pulses, simultaneous pulses, and both orders of an overlapping
-# pair ((theta_1, theta_2) = (1.1, 2.3) at +1.5 and at -1.5 sigma).
-SPLIT = np.cumsum([60, 60, 2])
+ROWS_S = {"row 7": (PI / 2, PI / 2, 2, 0.0, (0.4935761142, 0.2322911309, 0.2741327549))}
+# PHYSICS 2.7 and row 15: theta, delta sigma, P. One pulse; a detuning of either sign.
+DETUNED = np.array(
+    [
+        (PI, 0.05, 0.99722942),
+        (PI, 0.1, 0.98896266),
+        (PI, 0.2, 0.95656088),
+        (PI, 0.5, 0.75707799),
+        (PI, -0.2, 0.95656088),
+        (PI / 2, 0.2, 0.47996314),
+    ]
+)
+WEAK, WEAK_DETUNING = 1e-3, np.array([0.0, 0.7, 1.5])
+# Rows 17 and 18: D sigma of a resonant pi pulse.
+DEPHASED = np.array([1e-3, 1e-5])
+RANDOM_1, RANDOM_2 = RNG.uniform(0, PI, (2, 50))
+ORDERS = (1.1, 2.3, np.array([1.5, -1.5]))  # the same two pulses in either order
 
 
 @functools.cache
 def solved(engine, start, equation):
-    rows = list((REFERENCE_V if start == "v" else REFERENCE_S).values())
-    theta_1 = np.concatenate([[r[0] for r in rows], RANDOM_1, RANDOM_1, [1.1, 1.1]])
-    theta_2 = np.concatenate([[r[1] for r in rows], RANDOM_2, RANDOM_2, [2.3, 2.3]])
-    separation = SIGMA * np.concatenate([[r[2] for r in rows], np.full(60, 13.0), np.zeros(60), [1.5, -1.5]])
-    energy = np.concatenate([[r[3] for r in rows], np.zeros(122)]) / SIGMA
+    """All of the above in one batch: populations by name."""
+    rows = np.array([row[:4] for row in (*ROWS_V.values(), *ROWS_S.values())])
+    zeros = np.zeros_like
+    groups = {  # theta_1, theta_2, DT/sigma, delta_1 sigma, D sigma
+        "rows": (*rows.T, zeros(rows[:, 0])),
+        "separated": (RANDOM_1, RANDOM_2, 13, 0, 0),
+        "simultaneous": (RANDOM_1, RANDOM_2, 0, 0, 0),
+        "orders": (*ORDERS, 0, 0),
+        "detuned": (DETUNED[:, 0], 0, 0, DETUNED[:, 1], 0),
+        "weak": (WEAK, 0, 0, WEAK_DETUNING, 0),
+        "dephased": (PI, 0, 0, 0, DEPHASED if equation == "lindblad" else zeros(DEPHASED)),
+    }
+    spread = [np.broadcast_arrays(*(np.asarray(v, float) for v in group)) for group in groups.values()]
+    theta_1, theta_2, separation, detuning, rate = np.concatenate(spread, axis=1)
     if equation == "schroedinger":
-        system = lossless(np.stack([energy, 0 * energy, 0 * energy]))
+        system = lossless(np.stack([detuning, zeros(detuning), zeros(detuning)]) / SIGMA)
     else:
-        system = ion(detuning_1_hz=energy / (2 * PI), lifetime_s=math.inf)
-        # Lambda: E_s = -d1, E_m = -d1 + d2. A shift of v alone is a detuning of line 1 alone.
-        np.testing.assert_allclose(system.energies_rad_s[0] - system.energies_rad_s[1:], [energy] * 2, atol=1e-6)
-    low, high = np.minimum(0, separation) - 8 * SIGMA, np.maximum(0, separation) + 8 * SIGMA
-    pulses = pair(theta_1, theta_2, separation)
-    result = populations(evolve(system, pulses, start=start, window_s=(low, high), method=ENGINES[engine]))
-    return np.split(result, len(rows) + np.concatenate([[0], SPLIT]), axis=1)[:4]
+        # Lambda: E_v = 0, E_s = -d1, E_m = -d1 + d2. A shift of v alone is a detuning of line 1 alone.
+        system = ion(detuning_1_hz=detuning / (2 * PI * SIGMA), shared_linewidth_hz=rate / (PI * SIGMA))
+    separation = separation * SIGMA
+    window = np.minimum(0, separation) - 8 * SIGMA, np.maximum(0, separation) + 8 * SIGMA
+    solution = evolve(system, pair(theta_1, theta_2, separation), start=start, window_s=window, method=ENGINES[engine])
+    lengths = np.cumsum([group[0].size for group in spread])
+    return dict(zip(groups, np.split(populations(solution), lengths[:-1], axis=1), strict=True))
 
 
-everywhere = pytest.mark.parametrize(
+every_solution = pytest.mark.parametrize(
     ("engine", "start", "equation"),
-    [(e, s, q) for e in ENGINES for s, q in (("v", "schroedinger"), ("v", "lindblad"), ("s", "schroedinger"))],
+    [(e, s, q) for e in ENGINES for s, q in (("v", "schroedinger"), ("s", "schroedinger"), ("v", "lindblad"))],
 )
 
 
-@everywhere
+@every_solution
 def test_reference_populations(engine, start, equation):
-    rows = REFERENCE_V if start == "v" else REFERENCE_S
-    expected = np.array([row[-1] for row in rows.values()]).T
-    np.testing.assert_allclose(solved(engine, start, equation)[0], expected, atol=1e-8, rtol=0)
+    rows, expected = solved(engine, start, equation)["rows"], ROWS_V if start == "v" else ROWS_S
+    rows = rows[:, : len(ROWS_V)] if start == "v" else rows[:, len(ROWS_V) :]
+    np.testing.assert_allclose(rows.T, [row[-1] for row in expected.values()], atol=1e-8, rtol=0)
     if start == "v":
-        last = solved(engine, start, equation)[0][1, -1]
-        assert last == pytest.approx(0.42, abs=1e-9)
+        assert rows[1, -1] == pytest.approx(0.42, abs=1e-9)
 
 
-@everywhere
+@every_solution
 def test_closed_form_at_thirteen_sigma(engine, start, equation):
     # Row 2.
     expected = np.array(separated_populations(RANDOM_1, RANDOM_2, start))
-    np.testing.assert_allclose(solved(engine, start, equation)[1], expected, atol=PROMISE[engine], rtol=0)
+    got = solved(engine, start, equation)["separated"]
+    np.testing.assert_allclose(got, expected, atol=PROMISE[engine], rtol=0)
 
 
-@everywhere
+@every_solution
 def test_simultaneous_pulses_are_exact(engine, start, equation):
+    # PHYSICS 2.6.
     expected = np.array(simultaneous_populations(RANDOM_1, RANDOM_2, start))
-    np.testing.assert_allclose(solved(engine, start, equation)[2], expected, atol=PROMISE[engine], rtol=0)
+    got = solved(engine, start, equation)["simultaneous"]
+    np.testing.assert_allclose(got, expected, atol=PROMISE[engine], rtol=0)
+
+
+@every_solution
+def test_populations_sum_to_one(engine, start, equation):
+    for group in solved(engine, start, equation).values():
+        # The trace is a linear invariant, which every Runge-Kutta step keeps; the norm of a ket is not.
+        error = 1e-13 if equation == "lindblad" else PROMISE[engine]
+        np.testing.assert_allclose(group.sum(axis=0), 1, atol=error)
+        assert group.min() > -PROMISE[engine]
+
+
+@pytest.mark.parametrize("equation", ["schroedinger", "lindblad"])
+@engines
+def test_swapping_the_order_leaves_the_untouched_population(engine, equation):
+    # PHYSICS 6: (start v, order 1-2) P_v equals (order 2-1) P_v. The other two populations differ.
+    one, other = solved(engine, "v", equation)["orders"].T
+    assert one[0] == pytest.approx(other[0], abs=2 * PROMISE[engine])
+    assert abs(one[1] - other[1]) > 0.05
+
+
+@pytest.mark.parametrize("equation", ["schroedinger", "lindblad"])
+@engines
+def test_detuned_gaussian_pulses(engine, equation):
+    p_s = solved(engine, "v", equation)["detuned"][1]
+    np.testing.assert_allclose(p_s, DETUNED[:, 2], atol=1e-8 + PROMISE[engine])
+    assert (1 - p_s[0]) / 0.05**2 == pytest.approx(1.11, abs=0.005)
+    # Perturbation theory: (theta^2/4) exp(-delta^2 sigma^2), up to theta^4.
+    weak = WEAK**2 / 4 * np.exp(-(WEAK_DETUNING**2))
+    np.testing.assert_allclose(solved(engine, "v", equation)["weak"][1], weak, atol=WEAK**4 + PROMISE[engine] / 10)
 
 
 @engines
-def test_swapping_the_order_leaves_the_untouched_population(engine):
-    # PHYSICS 6: (start v, order 1-2) P_v equals (order 2-1) P_v. The other two populations differ.
-    for equation in ("schroedinger", "lindblad"):
-        one, other = solved(engine, "v", equation)[3].T
-        assert one[0] == pytest.approx(other[0], abs=2 * PROMISE[engine])
-        assert abs(one[1] - other[1]) > 0.05
+def test_dephasing_of_a_pi_pulse(engine):
+    # D sigma = 1e-3 costs 7.2808e-4 without decay; to first order the cost is (D sigma/2) 1.45721730.
+    infidelity = 1 - solved(engine, "v", "lindblad")["dephased"][1]
+    assert infidelity[0] == pytest.approx(7.2808e-4, rel=1e-4)
+    if engine == "adaptive":
+        assert infidelity[1] / (DEPHASED[1] / 2) == pytest.approx(1.45721730, rel=2e-5)
 
 
 @engines
 def test_separated_pulses_resolved_in_time(engine):
+    # Both starts are lanes of one program; save times differ from lane to lane.
     theta_1, theta_2 = RANDOM_1[:6], RANDOM_2[:6]
-    times = np.linspace(-7 * SIGMA, 20 * SIGMA, 41)
+    times = np.linspace(-7 * SIGMA, 20 * SIGMA, 28)[:, None] + np.linspace(0, 0.4, 6) * SIGMA
     for start in ("v", "s"):
         solution = evolve(
             lossless(),
@@ -148,43 +202,50 @@ def test_separated_pulses_resolved_in_time(engine):
             save_s=times,
             method=ENGINES[engine],
         )
-        partial_1 = partial_area(times[:, None], theta_1, 0.0, SIGMA)
-        partial_2 = partial_area(times[:, None], theta_2, 13 * SIGMA, SIGMA)
+        partial_1 = partial_area(times, theta_1, 0.0, SIGMA)
+        partial_2 = partial_area(times, theta_2, 13 * SIGMA, SIGMA)
         expected = np.stack(separated_populations(partial_1, partial_2, start), axis=1)
         assert np.all(solution.valid)
         np.testing.assert_allclose(solution.populations, expected, atol=PROMISE[engine], rtol=0)
-        np.testing.assert_array_equal(solution.t_s, np.broadcast_to(times[:, None], (41, 6)))
-
-
-@engines
-def test_amplitudes_and_laser_phases(engine):
-    phases = {"phase_1_rad": 0.9, "phase_2_rad": -1.7}
-    for start in ("v", "s"):
-        solution = evolve(
-            lossless(),
-            pair(1.3, 2.1, 13 * SIGMA, **phases),
-            start=start,
-            window_s=around(13 * SIGMA),
-            method=ENGINES[engine],
-        )
-        amplitudes = np.asarray(solution.state[0, :3] + 1j * solution.state[0, 3:])
-        expected = np.array(separated_amplitudes(1.3, 2.1, start, **phases))
-        np.testing.assert_allclose(amplitudes, expected, atol=PROMISE[engine])
+        np.testing.assert_array_equal(solution.t_s, times)
 
 
 @pytest.mark.parametrize("start", ["v", "s"])
-def test_populations_do_not_depend_on_laser_phases(start):
-    # No closed loop: the phases are gauge, whatever the overlap and the detuning.
-    phase = np.array([[0.0, 0.0], [1.2, 0.0], [0.0, -2.9], [4.0, 2.0]]).T
+def test_laser_phases(start):
+    # Lanes 1 to 4: no closed loop, so that the phases are gauge, whatever the overlap and the detuning.
+    # Last lane: the amplitudes of separated pulses carry them.
+    phase = np.array([[0.0, 0.0], [1.2, 0.0], [0.0, -2.9], [4.0, 2.0], [0.9, -1.7]]).T
+    separation = SIGMA * np.array([1.3, 1.3, 1.3, 1.3, 13])
+    energies = np.array([0.2, 0.0, -0.3])[:, None] / SIGMA * np.array([1.0, 1, 1, 1, 0])
     solution = evolve(
-        lossless(np.array([0.2, 0.0, -0.3]) / SIGMA),
-        pair(2.0, 1.4, 1.3 * SIGMA, phase_1_rad=phase[0], phase_2_rad=phase[1]),
+        lossless(energies),
+        pair(2.0, 1.4, separation, phase_1_rad=phase[0], phase_2_rad=phase[1]),
         start=start,
-        window_s=around(1.3 * SIGMA),
+        window_s=around(separation),
     )
-    result = populations(solution)
-    np.testing.assert_allclose(result, np.repeat(result[:, :1], 4, axis=1), atol=1e-13)
-    assert np.ptp(solution.state[0], axis=1).max() > 0.1
+    overlapping = populations(solution)[:, :4]
+    np.testing.assert_allclose(overlapping, np.repeat(overlapping[:, :1], 4, axis=1), atol=1e-13)
+    assert np.ptp(solution.state[0, :, :4], axis=1).max() > 0.1
+    amplitudes = np.asarray(solution.state[0, :3, 4] + 1j * solution.state[0, 3:, 4])
+    expected = np.array(separated_amplitudes(2.0, 1.4, start, phase_1_rad=0.9, phase_2_rad=-1.7))
+    np.testing.assert_allclose(amplitudes, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("equation", ["schroedinger", "lindblad"])
+def test_a_detuned_ion_keeps_its_phase_while_it_waits(equation):
+    # Free turns of a coherence cost steps too: 31 turns of v against s, and twice as many of v against m.
+    delta, wait = 2 * PI * 5e3, 6.2e-3
+    energies = np.array([0.0, -delta, 2 * delta])
+    if equation == "schroedinger":
+        system, start = lossless(energies), np.ones(3) / math.sqrt(3)
+    else:
+        system, start = ion(detuning_1_hz=5e3, detuning_2_hz=15e3), np.full((3, 3), 1 / 3)
+    solution = evolve(system, (), start=start, window_s=(0.0, wait))
+    ket = np.exp(-1j * energies * wait) / math.sqrt(3)
+    if equation == "schroedinger":
+        np.testing.assert_allclose(solution.state[0, :3] + 1j * solution.state[0, 3:], ket, atol=1e-8)
+    else:
+        np.testing.assert_allclose(unpack_density(solution.state[0], 3), np.outer(ket, ket.conj()), atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------ overlap
@@ -200,16 +261,6 @@ def deviation(method, separation_sigmas):
     difference = populations(solution) - exact
     rsd = np.sqrt(np.mean(difference[1] ** 2, axis=-1)) / np.mean(exact[1])
     return np.abs(difference).max(axis=(0, 2)), np.abs(difference[0]).max(axis=-1), rsd
-
-
-@engines
-def test_relative_deviation_of_three_in_ten_thousand_at_4_71_sigma(engine):
-    # Row 13: RSD(y) = 0.03 % at DT = 4.71 sigma, within one per cent.
-    around_it = 4.71 * np.array([0.99, 1.01])
-    rsd = deviation(ENGINES[engine], around_it)[2]
-    crossing = np.interp(-math.log(3e-4), -np.log(rsd), around_it)
-    assert rsd[1] < 3e-4 < rsd[0]
-    assert crossing == pytest.approx(4.71, abs=0.01)
 
 
 # PHYSICS 2.5: DT/sigma, max |dP|, max |dP_v|, RSD(y).
@@ -238,32 +289,17 @@ def test_table_of_overlap(method):
         np.testing.assert_allclose(got, column, rtol=0.08, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ detuned, dephased
-
-
 @engines
-def test_detuned_gaussian_pulses(engine):
-    # PHYSICS 2.7 and row 15; a detuning of either sign.
-    table = [
-        (PI, 0.05, 0.99722942),
-        (PI, 0.1, 0.98896266),
-        (PI, 0.2, 0.95656088),
-        (PI, 0.5, 0.75707799),
-        (PI, -0.2, 0.95656088),
-        (PI / 2, 0.2, 0.47996314),
-    ]
-    theta, detuning, expected = np.array(table).T
-    weak, weak_detuning = 1e-3, np.array([0.0, 0.7, 1.5])
-    theta = np.concatenate([theta, np.full(3, weak)])
-    detuning = np.concatenate([detuning, weak_detuning])
-    pulse = Gaussian.from_area(theta, center_s=0.0, sigma_s=SIGMA)
-    system = ion(detuning_1_hz=detuning / (2 * PI * SIGMA))
-    solution = evolve(system, (pulse,), start="v", window_s=(-8 * SIGMA, 8 * SIGMA), method=ENGINES[engine])
-    p_v, p_s, p_m = populations(solution)
-    np.testing.assert_allclose(p_s[:6], expected, atol=1e-8)
-    np.testing.assert_allclose(p_s[6:], weak**2 / 4 * np.exp(-(weak_detuning**2)), atol=weak**4 + 1e-10)
-    np.testing.assert_array_equal(p_m, 0.0)
-    assert (1 - p_s[0]) / 0.05**2 == pytest.approx(1.11, abs=0.005)
+def test_relative_deviation_of_three_in_ten_thousand_at_4_71_sigma(engine):
+    # Row 13: RSD(y) = 0.03 % at DT = 4.71 sigma, within one per cent.
+    around_it = 4.71 * np.array([0.99, 1.01])
+    rsd = deviation(ENGINES[engine], around_it)[2]
+    crossing = np.interp(-math.log(3e-4), -np.log(rsd), around_it)
+    assert rsd[1] < 3e-4 < rsd[0]
+    assert crossing == pytest.approx(4.71, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ other pulse shapes
 
 
 @engines
@@ -285,60 +321,32 @@ def test_rosen_zener(engine):
     np.testing.assert_allclose(populations(solution)[1], expected, atol=PROMISE[engine], rtol=0)
 
 
-@engines
-def test_dephasing_of_a_pi_pulse(engine):
-    # Rows 17 and 18: D sigma = 1e-3 costs 7.2808e-4, no decay; first order (D sigma/2) 1.45721730.
-    rate_sigma = np.array([1e-3, 1e-5])
-    system = ion(shared_linewidth_hz=rate_sigma / (PI * SIGMA))
-    pulse = Gaussian.from_area(PI, center_s=0.0, sigma_s=SIGMA)
-    method = Adaptive() if engine == "adaptive" else StaticGrid(1e-11)
-    solution = evolve(system, (pulse,), start="v", window_s=(-8 * SIGMA, 8 * SIGMA), method=method)
-    infidelity = 1 - populations(solution)[1]
-    assert infidelity[0] == pytest.approx(7.2808e-4, rel=1e-4)
-    assert infidelity[1] / (rate_sigma[1] / 2) == pytest.approx(1.45721730, rel=2e-5)
-
-
-@functools.cache
-def staggered():
-    """Two overlapping step functions, their slices and the graph that they drive."""
-    real_1, imag_1 = np.array([[5e4, -9e4, 2e4, 0.0, 7e4], [1e4, 3e4, -6e4, 0.0, 2e4]])
-    real_2 = np.array([8e4, -3e4, 6e4])
-    first = PiecewiseConstant(real_1, imag_1, -20e-6, 50e-6)
-    second = PiecewiseConstant(real_2, None, 7e-6, 33e-6)
+# As many lanes as slices, and as many as Runge-Kutta stages: shapes that could be mistaken for each other.
+@pytest.mark.parametrize(("engine", "lanes"), [("adaptive", 2), ("static grid", 5), ("static grid", 13)])
+def test_piecewise_constant_pulses_against_matrix_exponentials(engine, lanes):
+    # Two overlapping step functions, one of complex slices, on a detuned and noisy ion.
+    slices_1 = np.array([5e4 + 1e4j, -9e4 + 3e4j, 2e4 - 6e4j, 0.0, 7e4 + 2e4j])[:, None] * np.linspace(0.4, 1, lanes)
+    slices_2 = np.array([8e4, -3e4, 6e4])
+    pulses = (
+        PiecewiseConstant(slices_1.real, slices_1.imag, -20e-6, 50e-6),
+        PiecewiseConstant(slices_2, None, 7e-6, 33e-6),
+    )
     noise = {"detuning_1_hz": 4e3, "detuning_2_hz": -2.5e3, "lifetime_s": 3e-4, "branching": 0.3}
-    h, jumps = oracle.ion("lambda", **noise, shared_linewidth_hz=900.0)
-    edges = [-30e-6, *(-20e-6 + 10e-6 * np.arange(6)), *(7e-6 + 11e-6 * np.arange(4)), 55e-6]
-    rho = np.diag([1.0, 0.0, 0.0]).astype(complex)
-    for a, b in zip(sorted(edges), sorted(edges)[1:], strict=False):
-        k, n = math.floor(((a + b) / 2 + 20e-6) / 10e-6), math.floor(((a + b) / 2 - 7e-6) / 11e-6)
-        one = real_1[k] + 1j * imag_1[k] if 0 <= k < 5 else 0.0
-        two = real_2[n] if 0 <= n < 3 else 0.0
-        rho = oracle.evolved(rho, h + oracle.drive("vsm", one, two), jumps, b - a)
-    return ion(**noise, shared_linewidth_hz=900.0), (first, second), rho
+    noise |= {"shared_linewidth_hz": 900.0}
+    window = (-30e-6, 55e-6)
+    solution = evolve(ion(**noise), pulses, start="v", window_s=window, method=ENGINES[engine])
+    assert np.all(solution.valid)
 
-
-@engines
-def test_piecewise_constant_pulses_against_matrix_exponentials(engine):
-    system, pulses, expected = staggered()
-    solution = evolve(system, pulses, start="v", window_s=(-30e-6, 55e-6), method=ENGINES[engine])
-    got = unpack_density(solution.state[0], 3)
-    assert bool(solution.valid)
-    np.testing.assert_allclose(got, expected, atol=PROMISE[engine])
-
-
-def test_a_batch_of_piecewise_constant_pulses_is_its_lanes():
-    # As many lanes as slices, and as many as Runge-Kutta stages: shapes that could be mistaken for each other.
-    system, (first, second), expected = staggered()
-    for lanes in (5, 13):
-        scale = np.linspace(0.4, 1.0, lanes)
-        batch = PiecewiseConstant(
-            first.real_rad_s[:, None] * scale, first.imag_rad_s[:, None] * scale, first.start_s, first.duration_s
-        )
-        solution = evolve(system, (batch, second), start="v", window_s=(-30e-6, 55e-6))
-        np.testing.assert_allclose(solution.populations[0, :, -1], np.diag(expected).real, atol=1e-8)
-        lane = PiecewiseConstant(first.real_rad_s * 0.4, first.imag_rad_s * 0.4, first.start_s, first.duration_s)
-        alone = evolve(system, (lane, second), start="v", window_s=(-30e-6, 55e-6))
-        np.testing.assert_allclose(solution.populations[..., 0], alone.populations, atol=2e-8)
+    h, jumps = oracle.ion("lambda", **noise)
+    edges = sorted([*window, *(-20e-6 + 10e-6 * np.arange(6)), *(7e-6 + 11e-6 * np.arange(4))])
+    for lane in range(lanes):
+        rho = np.diag([1.0, 0.0, 0.0]).astype(complex)
+        for a, b in itertools.pairwise(edges):
+            k, n = math.floor(((a + b) / 2 + 20e-6) / 10e-6), math.floor(((a + b) / 2 - 7e-6) / 11e-6)
+            one, two = slices_1[k, lane] if 0 <= k < 5 else 0.0, slices_2[n] if 0 <= n < 3 else 0.0
+            rho = oracle.evolved(rho, h + oracle.drive("vsm", one, two), jumps, b - a)
+        got = unpack_density(solution.state[0, :, lane], 3)
+        np.testing.assert_allclose(got, rho, atol=PROMISE[engine])
 
 
 def test_a_stiff_rate_takes_the_population_to_the_leak_level():
@@ -391,18 +399,6 @@ def test_trace_hermiticity_and_positivity(n):
     assert purity[-1].min() < 0.7
 
 
-def test_norm_of_a_closed_system():
-    window = around(3 * SIGMA)
-    solution = evolve(
-        lossless(np.array([1.0, 0.0, -2.0]) / SIGMA),
-        pair(6.0, 5.0, 3 * SIGMA),
-        start="v",
-        window_s=window,
-        save_s=np.linspace(*window, 9),
-    )
-    np.testing.assert_allclose(solution.populations.sum(axis=1), 1, atol=1e-8)
-
-
 # ------------------------------------------------------------------------------------------------ doors
 
 
@@ -426,36 +422,23 @@ def test_fewer_pulses_than_couplings_leave_the_last_undriven():
     np.testing.assert_allclose(nothing.populations[0], [0, 1, 0], atol=1e-15)
 
 
-@engines
-def test_saved_times_of_each_lane(engine):
-    separation = np.array([5.0, 9.0]) * SIGMA
-    saves = np.stack([separation, separation + 8 * SIGMA, np.full(2, -8 * SIGMA)])  # in no order
-    solution = evolve(
-        ion(),
-        pair(2.0, 1.0, separation),
-        start="v",
-        window_s=around(separation),
-        save_s=saves[[2, 0, 1]],
-        method=ENGINES[engine],
-    )
-    end = evolve(ion(), pair(2.0, 1.0, separation), start="v", window_s=around(separation), method=ENGINES[engine])
-    np.testing.assert_array_equal(solution.t_s, saves[[2, 0, 1]])
-    np.testing.assert_array_equal(solution.populations[0], [[1, 1], [0, 0], [0, 0]])
-    np.testing.assert_allclose(solution.populations[2], end.populations[0], atol=2 * PROMISE[engine])
-    # Half of pulse 2 at its centre.
-    expected = separated_populations(2.0, 0.5)
-    np.testing.assert_allclose(solution.populations[1, :, 1], expected, atol=1e-7)
+def test_a_saved_end_is_the_end():
+    pulses, window = pair(2.0, 1.0, 6 * SIGMA), around(6 * SIGMA)
+    solution = evolve(ion(), pulses, start="v", window_s=window, save_s=[window[0], 6 * SIGMA, window[1]])
+    end = evolve(ion(), pulses, start="v", window_s=window)
+    np.testing.assert_array_equal(solution.populations[0], [1, 0, 0])
+    np.testing.assert_allclose(solution.populations[2], end.populations[0], atol=2e-8)
+    np.testing.assert_array_equal(end.t_s, [window[1]])
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 4])
-def test_numbers_of_few_axes_spread_over_the_batch(lanes):
-    # A graph without batch axes under a batch of pulses, also of as many lanes as levels: 3 energies are no 3 lanes.
-    areas = np.linspace(0.5, 2.5, lanes)
+def test_numbers_of_few_axes_spread_over_the_batch():
+    # A graph without batch axes under as many pulses as it has levels: three energies are no three lanes.
+    areas = np.array([0.5, 1.5, 2.5])
     system = ion(detuning_1_hz=6e3, detuning_2_hz=-9e3)
     batch = evolve(system, pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    spread = ion(detuning_1_hz=np.full(lanes, 6e3), detuning_2_hz=np.full(lanes, -9e3))
+    spread = ion(detuning_1_hz=np.full(3, 6e3), detuning_2_hz=np.full(3, -9e3))
     expected = evolve(spread, pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    np.testing.assert_array_equal(batch.populations, expected.populations)
+    np.testing.assert_allclose(batch.populations, expected.populations, atol=1e-14)
 
 
 def test_two_batch_axes():
@@ -464,8 +447,10 @@ def test_two_batch_axes():
     assert solution.populations.shape == (1, 3, 4, 3)
     assert solution.coverage.shape == (2, 4, 3)
     assert solution.valid.shape == solution.error_estimate.shape == (4, 3)
-    lane = evolve(ion(detuning_1_hz=8e3), pair(2.5, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    np.testing.assert_allclose(solution.populations[0, :, 3, 2], lane.populations[0], atol=2e-8)
+    swapped = evolve(
+        ion(detuning_1_hz=detuning[:, None]), pair(areas.T, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA)
+    )
+    np.testing.assert_allclose(solution.populations.swapaxes(2, 3), swapped.populations, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -535,10 +520,9 @@ def test_the_error_falls_with_the_eighth_power_of_the_step():
     exact = solve(StaticGrid(1e-13))
     np.testing.assert_allclose(exact, solve(Adaptive(1e-13, 1e-15)), atol=1e-12)
     # Two segments of no length, outside the support, take one step each.
-    steps = np.array([16, 24, 32])
-    coarse = np.array([solve(StaticGrid(1e-3, steps=int(n) + 2)) for n in (*steps, *(2 * steps))])
+    coarse = np.array([solve(StaticGrid(1e-3, steps=n + 2)) for n in (16, 22, 32, 44)])
     error = np.abs(coarse - exact).max(axis=1)
-    order = np.log2(error[:3] / error[3:])
+    order = np.log2(error[:2] / error[2:])
     assert np.all(order > 7.3)
     assert np.all(order < 9.2)
 
@@ -547,62 +531,68 @@ LANES = 200
 
 
 @functools.cache
-def random_devices():
-    """Lambda ions all over the box: widths, overlap, detunings, noise."""
+def random_devices(equation):
+    """Ions all over the box: areas, widths, overlap, detunings, noise, and lone pulses."""
     rng = np.random.default_rng(7)
-    uniform = lambda low, high: rng.uniform(low, high, LANES)
+    uniform = lambda low, high: rng.uniform(low, high, LANES)  # noqa: E731
     sigma_1, sigma_2 = 10e-6 * 3 ** uniform(0, 1), 10e-6 * 3 ** uniform(0, 1)
-    separation = uniform(0, 8) * np.hypot(sigma_1, sigma_2)
-    system = ion(
-        detuning_1_hz=uniform(-1e4, 1e4),
-        detuning_2_hz=uniform(-1e4, 1e4),
-        shared_linewidth_hz=uniform(0, 2e3),
-        linewidth_1_hz=uniform(0, 2e3),
-        linewidth_2_hz=uniform(0, 2e3),
-        lifetime_s=10 ** uniform(-4, -1),
-    )
+    separation = uniform(0, 16) * np.hypot(sigma_1, sigma_2)
+    detuning_1, detuning_2 = uniform(-1e4, 1e4), uniform(-1e4, 1e4)
+    if equation == "lindblad":
+        system = ion(
+            detuning_1_hz=detuning_1,
+            detuning_2_hz=detuning_2,
+            shared_linewidth_hz=uniform(0, 2e3),
+            linewidth_1_hz=uniform(0, 2e3),
+            linewidth_2_hz=uniform(0, 2e3),
+            lifetime_s=10 ** uniform(-4, -1),
+        )
+    else:
+        system = lossless(2 * PI * np.stack([0 * detuning_1, -detuning_1, detuning_2 - detuning_1]))
+    area_2 = np.where(np.arange(LANES) % 8 == 0, 0.0, uniform(0, 1.5 * PI))
     pulses = (
         Gaussian.from_area(uniform(0, 1.5 * PI), center_s=0.0, sigma_s=sigma_1),
-        Gaussian.from_area(uniform(0, 1.5 * PI), center_s=separation, sigma_s=sigma_2),
+        Gaussian.from_area(area_2, center_s=separation, sigma_s=sigma_2),
     )
-    return system, pulses, (-uniform(3, 7) * sigma_1, separation + uniform(3, 7) * np.maximum(sigma_1, sigma_2))
+    return system, pulses, (-uniform(3, 9) * sigma_1, separation + uniform(3, 9) * np.maximum(sigma_1, sigma_2))
 
 
-@functools.cache
-def precise(count=LANES):
-    system, pulses, window = random_devices()
-    return evolve(system, pulses, start="v", window_s=window, method=StaticGrid(1e-13))
+def on_random_devices(equation, method, lanes=LANES):
+    some = lambda a: a[..., :lanes] if np.shape(a)[-1:] == (LANES,) else a  # noqa: E731
+    system, pulses, window = jax.tree.map(some, random_devices(equation))
+    return evolve(system, pulses, start="v", window_s=window, method=method)
 
 
-@pytest.mark.parametrize("error", [1e-6, 1e-8])
-def test_static_grid_keeps_the_requested_error(error):
-    system, pulses, window = random_devices()
-    solution = evolve(system, pulses, start="v", window_s=window, method=StaticGrid(error))
-    true = np.abs(populations(solution) - populations(precise())).max(axis=0)
+precise = functools.cache(lambda equation: populations(on_random_devices(equation, StaticGrid(1e-13))))
+
+
+@pytest.mark.parametrize(
+    ("equation", "error"), [("lindblad", 1e-6), ("lindblad", 1e-8), ("schroedinger", 1e-6), ("schroedinger", 1e-8)]
+)
+def test_static_grid_keeps_the_requested_error(equation, error):
+    solution = on_random_devices(equation, StaticGrid(error))
+    true = np.abs(populations(solution) - precise(equation)).max(axis=0)
     assert true.max() < error
     assert np.asarray(solution.error_estimate).max() <= error * (1 + 1e-6)
 
 
-def test_error_estimates_hold_lane_by_lane():
+@pytest.mark.parametrize("equation", ["lindblad", "schroedinger"])
+def test_error_estimates_hold_lane_by_lane(equation):
     # Far fewer steps than the hungriest lane asks for: estimates from 1e-9 to 1e-3, the rest is refused.
-    system, pulses, window = random_devices()
-    for steps in (24, 48):
-        solution = evolve(system, pulses, start="v", window_s=window, method=StaticGrid(1e-3, steps=steps))
-        valid, estimate = np.asarray(solution.valid), np.asarray(solution.error_estimate)
-        assert valid.sum() > 50
-        np.testing.assert_array_equal(valid, estimate <= 1e-3)
-        true = np.abs(solution.populations[0] - precise().populations[0]).max(axis=0)
-        assert np.isnan(true[~valid]).all()
-        assert np.all(true[valid] <= 3 * estimate[valid] + 1e-13)
-        # Nor so careful that the grid is wasteful: somewhere the estimate is reached.
-        assert np.max(true[valid] / estimate[valid]) > 0.02
+    solution = on_random_devices(equation, StaticGrid(1e-3, steps=32))
+    valid, estimate = np.asarray(solution.valid), np.asarray(solution.error_estimate)
+    assert 50 < valid.sum() < LANES
+    np.testing.assert_array_equal(valid, estimate <= 1e-3)
+    true = np.abs(solution.populations[0] - precise(equation)).max(axis=0)
+    assert np.isnan(true[~valid]).all()
+    assert np.all(true[valid] <= 3 * estimate[valid] + 1e-13)
+    # Nor so careful that the grid is wasteful: somewhere the estimate is nearly reached.
+    assert np.max(true[valid] / estimate[valid]) > 0.02
 
 
 def test_the_two_methods_agree_over_random_devices():
-    system, pulses, window = random_devices()
-    some = lambda tree: jax.tree.map(lambda a: a[..., :24] if np.shape(a)[-1:] == (LANES,) else a, tree)
-    reference = evolve(some(system), some(pulses), start="v", window_s=some(window), method=Adaptive())
-    np.testing.assert_allclose(populations(reference), populations(precise())[:, :24], atol=1e-10)
+    reference = populations(on_random_devices("lindblad", Adaptive(), lanes=24))
+    np.testing.assert_allclose(reference, precise("lindblad")[:, :24], atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ lanes
@@ -689,20 +679,18 @@ def test_a_bad_lane_is_nan_and_flagged_and_alone(name, bad, method):
     assert_others_untouched(solution, reference)
 
 
+@eqx.filter_jit
+@jax.grad
+def gradient_of_valid_lanes(values):
+    solution = solve_traced(values, LANE_METHODS["static grid"])
+    return jnp.sum(jnp.where(solution.valid, solution.populations[0, 1], 0.0))
+
+
 @pytest.mark.parametrize("bad", [math.nan, 400.0], ids=["NaN", "too many turns for the grid"])
 def test_gradients_do_not_cross_lanes(bad):
     values, _ = healthy("static grid")
-
-    @eqx.filter_jit
-    def gradient(values):
-        def loss(values):
-            solution = solve_traced(values, StaticGrid(1e-8, steps=128))
-            return jnp.sum(jnp.where(solution.valid, solution.populations[0, 1], 0.0))
-
-        return jax.grad(loss)(values)
-
-    reference = gradient(values)
-    hurt = gradient(values | {"theta_1": values["theta_1"].at[HURT].set(bad)})
+    reference = gradient_of_valid_lanes(values)
+    hurt = gradient_of_valid_lanes(values | {"theta_1": values["theta_1"].at[HURT].set(bad)})
     keep = np.arange(5) != HURT
     for name in PARAMETERS:
         assert np.all(np.isfinite(reference[name])), name
@@ -710,47 +698,58 @@ def test_gradients_do_not_cross_lanes(bad):
 
 
 def test_lanes_that_need_more_steps_are_flagged():
-    areas = np.array([1.0, 3.0, 40.0, 2.0, 400.0])
-    solution = evolve(
-        ion(), pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=StaticGrid(1e-8, steps=64)
-    )
+    values, _ = healthy("static grid")
+    areas = jnp.array([1.0, 3.0, 90.0, 2.0, 400.0])
+    solution = solve_jitted(values | {"theta_1": areas}, LANE_METHODS["static grid"])
     np.testing.assert_array_equal(solution.valid, [True, True, False, True, False])
     np.testing.assert_array_equal(np.isnan(solution.populations).all(axis=(0, 1)), ~np.asarray(solution.valid))
     assert np.all(np.asarray(solution.error_estimate)[[2, 4]] > 1e-8)
 
 
-def test_a_grid_too_coarse_raises_at_the_unbatched_door():
-    with pytest.raises(ValueError, match="the static grid is too coarse for the requested error; raise `steps`"):
-        evolve(ion(), pair(40.0, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=StaticGrid(steps=64))
-
-
-def test_an_adaptive_solver_without_steps_left_raises_or_flags():
-    few = Adaptive(max_steps=8)
-    with pytest.raises(ValueError, match=r"the adaptive solver did not reach the end; raise `max_steps`"):
-        evolve(ion(), pair(3.0, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=few)
-    batch = evolve(ion(), pair([3.0, 1.0], 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=few)
-    assert not np.any(batch.valid)
-    assert np.isnan(batch.populations).all()
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (StaticGrid(steps=16), "the static grid is too coarse for the requested error; raise `steps`"),
+        (Adaptive(max_steps=8), "the adaptive solver did not reach the end; raise `max_steps`"),
+    ],
+    ids=["static grid", "adaptive"],
+)
+def test_too_few_steps_raise_at_the_unbatched_door(method, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evolve(ion(), pair(3.0, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=method)
 
 
 @engines
 def test_a_pulse_that_no_step_has_seen(engine):
-    # The window ends before the pulse begins.
-    late = (-8 * SIGMA, 20 * SIGMA)
-    system = ion()
+    # The window ends before pulse 2 begins.
     with pytest.raises(ValueError, match=r"a pulse was stepped over: .* widen `window_s`"):
-        evolve(system, pair(1.0, 1.0, 60 * SIGMA), start="v", window_s=late, method=ENGINES[engine])
-    method = ENGINES[engine] if engine == "adaptive" else StaticGrid(steps=64)
-    traced = eqx.filter_jit(
-        lambda separation: evolve(system, pair(1.0, 1.0, separation), start="v", window_s=late, method=method)
+        evolve(ion(), pair(1.0, 1.0, 60 * SIGMA), start="v", window_s=around(6 * SIGMA), method=ENGINES[engine])
+    values, reference = healthy(engine)
+    solution = solve_jitted(
+        values | {"separation_s": values["separation_s"].at[HURT].set(60 * SIGMA)}, LANE_METHODS[engine]
     )
+    np.testing.assert_array_equal(solution.valid, np.arange(5) != HURT)
+    assert np.isnan(solution.populations[..., HURT]).all()
+    assert solution.coverage[1, HURT] == 0
+    assert np.all(np.delete(solution.coverage, HURT, axis=1) > 0)
+    assert_others_untouched(solution, reference)
+
+
+def test_a_pulse_that_no_step_has_seen_raises_inside_jit():
+    solve = eqx.filter_jit(
+        lambda center: (
+            evolve(
+                ion(),
+                (Gaussian.from_area(1.0, center_s=center, sigma_s=SIGMA),),
+                start="v",
+                window_s=(-8 * SIGMA, 8 * SIGMA),
+                method=StaticGrid(steps=32),
+            ).state
+        )
+    )
+    assert np.all(np.isfinite(solve(jnp.asarray(0.0))))
     with pytest.raises(Exception, match="a pulse was stepped over"):
-        traced(jnp.asarray(60 * SIGMA)).state.block_until_ready()
-    batch = traced(jnp.array([6.0, 60.0]) * SIGMA)
-    np.testing.assert_array_equal(batch.valid, [True, False])
-    assert np.isnan(batch.populations[..., 1]).all()
-    assert batch.coverage[1, 1] == 0
-    assert np.all(batch.coverage[:, 0] > 0)
+        solve(jnp.asarray(60 * SIGMA)).block_until_ready()
 
 
 @engines
@@ -772,36 +771,29 @@ def test_coverage_counts_the_steps_under_each_pulse():
         PiecewiseConstant.square(2.0, center_s=0.0, duration_s=10e-6),
         PiecewiseConstant.square(6.0, center_s=50e-6, duration_s=20e-6),
     )
-    for steps in (64, 128):
-        solution = evolve(lossless(), pulses, start="v", window_s=(-20e-6, 80e-6), method=StaticGrid(1e-3, steps=steps))
-        first, second = (int(n) for n in solution.coverage)
-        assert steps - 12 <= first + second <= steps
-        assert second / first == pytest.approx(3, rel=0.15)
-    reference = evolve(lossless(), pulses, start="v", window_s=(-20e-6, 80e-6), method=Adaptive())
-    assert np.all(reference.coverage >= 3)
+    solution = evolve(lossless(), pulses, start="v", window_s=(-20e-6, 80e-6), method=StaticGrid(1e-3, steps=128))
+    first, second = (int(n) for n in solution.coverage)
+    assert 128 - 12 <= first + second <= 128
+    assert second / first == pytest.approx(3, rel=0.1)
 
 
 def test_an_adaptive_batch_is_its_lanes():
     theta, separation = np.array([0.4, 2.0, 3.1]), np.array([0.0, 3.0, 9.0]) * SIGMA
     linewidth = np.array([0.0, 300.0, 3e3])
-    batch = evolve(
+    solve = lambda theta, linewidth, separation: evolve(  # noqa: E731
         ion(shared_linewidth_hz=linewidth),
         pair(theta, 1.0, separation),
         start="v",
         window_s=around(separation),
         method=Adaptive(),
     )
-    for k in range(3):
-        lane = evolve(
-            ion(shared_linewidth_hz=linewidth[k]),
-            pair(theta[k], 1.0, separation[k]),
-            start="v",
-            window_s=around(separation[k]),
-            method=Adaptive(),
-        )
-        np.testing.assert_allclose(batch.populations[..., k], lane.populations, atol=1e-13)
-        # Each lane has chosen its own steps.
-        np.testing.assert_array_equal(batch.coverage[..., k], lane.coverage)
+    batch = solve(theta, linewidth, separation)
+    lanes = [solve(*lane) for lane in zip(theta, linewidth, separation, strict=True)]
+    np.testing.assert_allclose(batch.populations[0].T, [lane.populations[0] for lane in lanes], atol=1e-12)
+    # Each lane has chosen its own steps; the last few depend on rounding.
+    counts = np.array([lane.coverage for lane in lanes])
+    np.testing.assert_allclose(batch.coverage.T, counts, atol=3)
+    assert np.ptp(counts, axis=0).max() > 3
 
 
 # ------------------------------------------------------------------------------------------------ derivatives
@@ -833,13 +825,16 @@ def derivatives():
 
 
 @functools.cache
-def jacobian(differentiation):
+def differentiated(differentiation):
+    """The jitted Jacobian of the populations; values are its argument, so that it compiles once."""
     method = StaticGrid(1e-10, steps=192, differentiation=differentiation)
-    outputs = lambda values: solve_traced(values, method).populations[0]
     transform = jax.jacrev if differentiation == "reverse" else jax.jacfwd
-    values = {name: jnp.asarray(value) for name, value in AT.items()}
-    result = eqx.filter_jit(transform(outputs))(values)
-    return np.stack([result[name] * AT[name] for name in AT], axis=1)
+    return eqx.filter_jit(transform(lambda values: solve_traced(values, method).populations[0]))
+
+
+def jacobian(differentiation, **changes):
+    values = {name: jnp.asarray(value) for name, value in (AT | changes).items()}
+    return {name: np.asarray(column) for name, column in differentiated(differentiation)(values).items()}
 
 
 @pytest.mark.parametrize("differentiation", ["reverse", "forward"])
@@ -847,37 +842,41 @@ def test_derivatives_are_the_finite_differences(differentiation):
     expected = derivatives()
     # Each parameter moves something by more than the tolerance.
     assert np.all(np.abs(expected).max(axis=0) > 1e-4)
-    np.testing.assert_allclose(jacobian(differentiation), expected, atol=2e-7)
+    got = np.stack([column * AT[name] for name, column in jacobian(differentiation).items()], axis=1)
+    np.testing.assert_allclose(got, expected, atol=2e-7)
 
 
 def test_forward_and_reverse_mode_agree():
-    np.testing.assert_allclose(jacobian("forward"), jacobian("reverse"), atol=1e-12)
+    forward, reverse = jacobian("forward"), jacobian("reverse")
+    for name, value in AT.items():
+        np.testing.assert_allclose(forward[name] * value, reverse[name] * value, atol=1e-12)
+
+
+RESONANT = {
+    "detuning_1_hz": 0.0,
+    "detuning_2_hz": 0.0,
+    "linewidth_hz": 0.0,
+    "lifetime_s": math.inf,
+    "sigma_s": SIGMA,
+    "separation_s": 13 * SIGMA,
+    "stop_s": 21 * SIGMA,
+}
 
 
 def test_derivatives_of_the_closed_form():
-    # dy/dtheta_1 = sin(theta_1) cos^2(theta_2/2)/2, dy/dtheta_2 = -(x/2) sin theta_2: exact, no finite difference.
-    output = eqx.filter_jit(
-        jax.grad(
-            lambda theta: evolve(
-                lossless(),
-                pair(theta[0], theta[1], 13 * SIGMA),
-                start="v",
-                window_s=around(13 * SIGMA),
-                method=StaticGrid(1e-10, steps=192),
-            ).populations[0, 1]
-        )
-    )
-    got = output(jnp.array([1.3, 2.2]))
-    expected = [math.sin(1.3) * math.cos(1.1) ** 2 / 2, -(math.sin(0.65) ** 2) / 2 * math.sin(2.2)]
-    np.testing.assert_allclose(got, expected, atol=1e-9)
+    # y = sin^2(theta_1/2) cos^2(theta_2/2) holds no finite difference; the widths do not matter.
+    got = jacobian("reverse", **RESONANT, theta_1=1.3, theta_2=2.2)
+    expected = {
+        "theta_1": math.sin(1.3) * math.cos(1.1) ** 2 / 2,
+        "theta_2": -(math.sin(0.65) ** 2) / 2 * math.sin(2.2),
+    }
+    for name, value in expected.items():
+        assert got[name][1] == pytest.approx(value, abs=1e-9)
+    for name in ("sigma_s", "separation_s"):
+        np.testing.assert_allclose(got[name] * SIGMA, 0, atol=2e-6)
 
 
 def test_derivatives_at_zero_area_are_finite():
-    gradient = eqx.filter_jit(
-        jax.jacrev(
-            lambda a: evolve(
-                ion(), pair(a[0], a[1], 6 * SIGMA), start="v", window_s=around(6 * SIGMA), method=StaticGrid(steps=96)
-            ).populations[0]
-        )
-    )(jnp.zeros(2))
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-12)
+    got = jacobian("reverse", **RESONANT, theta_1=0.0, theta_2=0.0)
+    for name in ("theta_1", "theta_2", "sigma_s", "separation_s", "detuning_1_hz", "linewidth_hz"):
+        np.testing.assert_allclose(got[name], 0.0, atol=1e-12)

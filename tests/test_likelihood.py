@@ -143,8 +143,9 @@ def test_an_outcome_that_never_occurred_has_a_finite_term():
 def test_a_perfect_device_at_rest_has_a_finite_gradient():
     rows = 3
     table = LoopTable(
-        loop=np.full(rows, "A"), cycle=np.arange(rows), x_set=np.array([0.0, 0.5, 1.0]), r_set=np.array([0.5, 0.0, 1.0]),
-        detuning_1_set_hz=np.zeros(rows), detuning_2_set_hz=np.zeros(rows), shots=np.full(rows, 400),
+        loop=np.full(rows, "A"), cycle=np.arange(rows), shots=np.full(rows, 400),
+        x_set=np.array([0.0, 0.5, 1.0]), r_set=np.array([0.5, 0.0, 1.0]),
+        detuning_1_set_hz=np.zeros(rows), detuning_2_set_hz=np.zeros(rows),
         n_x=np.array([0.0, 190.0, 400.0]), n_y=np.array([0.0, 210.0, 0.0]),
     )  # fmt: skip
     experiment, device = Experiment.from_table(table), tables.ion()
@@ -380,7 +381,7 @@ def test_new_counts_replace_the_inputs_that_the_memory_averages():
 # ------------------------------------------------------------------------------------------------ gradients and traces
 
 
-def gradients(device: IonMemristor, experiment: Experiment, values: dict[str, float], step: dict[str, float]):
+def gradients(device: IonMemristor, experiment: Experiment, values: dict[str, float], step: float):
     """Reverse-mode gradient, and five-point central differences of fourth order."""
     names = tuple(values)
 
@@ -392,8 +393,8 @@ def gradients(device: IonMemristor, experiment: Experiment, values: dict[str, fl
     exact = np.asarray(eqx.filter_jit(jax.grad(at))(point))
     jitted = eqx.filter_jit(at)
     differences = []
-    for k, name in enumerate(names):
-        h = step.get(name, 1e-4 * abs(values[name]))
+    for k in range(len(names)):
+        h = step * abs(values[names[k]])
         f = [float(jitted(point.at[k].add(m * h))) for m in (-2, -1, 1, 2)]
         differences.append((f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h))
     return exact, np.array(differences)
@@ -406,7 +407,7 @@ def test_the_gradient_in_closed_form_with_every_parameter():
         "amplitude_1": 0.98, "amplitude_2": 1.03, "sigma_1_s": 20.4e-6, "sigma_2_s": 19.3e-6, "n_bar": 0.8,
         "eta_1": 0.05, "eta_2": 0.06, "heating_rate_per_s": 40.0, "window_cycles": 6.4,
     }  # fmt: skip
-    exact, differences = gradients(device, Experiment.from_table(counted(True)), values, {"n_bar": 1e-3})
+    exact, differences = gradients(device, Experiment.from_table(counted(True)), values, 1e-4)
     assert np.all(np.abs(exact) > 0)
     np.testing.assert_allclose(exact, differences, rtol=2e-6)
 
@@ -422,9 +423,10 @@ def test_the_gradient_through_the_dynamics_with_every_parameter():
     }  # fmt: skip
     device = anchored(realistic(method=StaticGrid(), memory=MovingAverage(3.3)))
     device = dataclasses.replace(device, **{k: v for k, v in values.items() if k != "window_cycles"})
-    exact, differences = gradients(prepared(device, experiment), experiment, values, {})
+    exact, differences = gradients(prepared(device, experiment), experiment, values, 3e-3)
     assert np.all(np.abs(exact) > 0)
-    np.testing.assert_allclose(exact, differences, rtol=1e-5)
+    # The static grid's error of 1e-8 is not smooth: steps shorter than this difference its noise.
+    np.testing.assert_allclose(exact, differences, rtol=5e-5)
 
 
 def test_a_new_value_or_new_counts_do_not_retrace():
@@ -440,9 +442,7 @@ def test_a_new_value_or_new_counts_do_not_retrace():
     values = {float(evaluate(realistic(), experiment))}
     values.add(float(evaluate(realistic(rabi_scale_1=0.9, readout_error_dark=0.04), experiment)))
     values.add(float(evaluate(realistic(memory=MovingAverage(4.0)), experiment)))
-    other = tables.changed(counted(), n_x=np.arange(42.0), x_set=RNG.uniform(size=42), window_cycles=np.full(42, 3.7))
-    shuffled = tables.changed(counted(), n_x=np.arange(42.0), window_cycles=np.repeat([3.7, 9.0], 21))
-    values.add(float(evaluate(realistic(), Experiment.from_table(shuffled))))
+    other = tables.changed(counted(), n_x=np.arange(42.0), window_cycles=np.repeat([3.7, 9.0], 21))
+    values.add(float(evaluate(realistic(), Experiment.from_table(other))))
     assert traces == 1
     assert len(values) == 3  # the table's windows stand above the device's
-    del other

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_the_table_holds_what_was_counted(noisy):
 def test_the_device_explains_its_own_table(noisy):
     settings, _, run = noisy
     experiment = Experiment.from_table(read_table(run.path / "table.csv"))
-    prediction = predict(device_from(settings), experiment)
+    prediction = eqx.filter_jit(predict)(device_from(settings), experiment)
     chi2 = float(pearson_chi2(experiment, prediction)) / experiment.n_data
     assert 0.8 < chi2 < 1.2
     rows = run.arrays.isel(row=run.arrays.shots.values > 0)
