@@ -128,7 +128,7 @@ def sentences(free: FreeParameters, found: dict[str, Estimate], cov: np.ndarray)
     width = np.asarray(free.width)
     values, vectors = np.linalg.eigh(cov / np.outer(width, width))
     for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
-        members = [k for k in np.argsort(-np.abs(vector)) if abs(vector[k]) > 0.3]
+        members = [int(k) for k in np.argsort(-np.abs(vector)) if abs(vector[k]) > 0.3]
         if 2 * _Z95 * np.sqrt(value) < 0.25 or len(members) < 2:
             continue
         names = [f"`{free.names[k]}`" for k in members]

@@ -20,9 +20,13 @@ from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
 from experiments.schema import Config
 
-_FIXED = ("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz",
-          "laser_linewidth_1_hz", "laser_linewidth_2_hz", "n_bar", "readout_error_bright", "readout_error_dark", "sigma_1_s", "sigma_2_s",
-          "separation_s", "eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s")  # fmt: skip
+# Parameters of the device that are reported as fixed where they are not free.
+_FIXED = (
+    *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz"),
+    *("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz", "n_bar", "eta_1", "eta_2"),
+    *("readout_error_bright", "readout_error_dark", "sigma_1_s", "sigma_2_s", "separation_s"),
+    *("lifetime_s", "branching", "lead_s", "tail_s"),
+)
 
 
 def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str, Any]:

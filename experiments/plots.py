@@ -144,7 +144,7 @@ def residuals(columns: Columns) -> Figure:
         ax.set(title=f"loop {label}", xlabel="cycle", ylabel="residual / standard error")
         ax.label_outer()
         ax.xaxis.set_tick_params(labelbottom=True)
-    axes[0].legend(loc="upper right", ncols=2, fontsize=8)
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=8, borderpad=0)
     return figure
 
 
@@ -210,7 +210,7 @@ def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figu
         stages: {stage: best value after each report}, in order.
         quantity: what the value is, with its unit.
     """
-    figure, (ax,) = _figure(1, 2.6, 6.0)
+    figure, (ax,) = _figure(1, 3.0, 6.0)
     numbers = {name: np.array([np.nan if v is None else v for v in values], float) for name, values in stages.items()}
     finite = [v for values in numbers.values() for v in values[np.isfinite(values)]]
     final = finite[-1] if finite else 0.0
@@ -222,8 +222,8 @@ def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figu
             done + np.arange(1, len(values) + 1), np.abs(values - final), marker + "-", ms=4, color=colour, label=name
         )
         done += len(values)
-    smallest = min((d for v in finite if (d := abs(v - final)) > 0), default=1.0)
-    ax.set_yscale("symlog", linthresh=smallest)
+    distances = [d for v in finite if (d := abs(v - final)) > 0] or [1.0]
+    ax.set_yscale("symlog", linthresh=max(min(distances), 1e-6 * max(distances)))
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="progress report", ylabel=f"|{quantity} − final|")
@@ -267,8 +267,8 @@ def error_maps(x_set: np.ndarray, r_set: np.ndarray, before: np.ndarray, after: 
             x_set, r_set, np.asarray(values).T, cmap="RdBu_r", vmin=-largest, vmax=largest, shading="nearest",
             rasterized=True,
         )  # fmt: skip
-        rms = math.sqrt(np.nanmean(np.square(values)))
-        ax.set(title=f"{title}: rms {rms:.2g}", xlabel="commanded input x_set", ylabel="commanded transfer r_set")
+        worst = float(np.nanmax(np.abs(values)))
+        ax.set(title=f"{title}: at most {worst:.2g}", xlabel="commanded input x_set", ylabel="commanded transfer r_set")
         ax.label_outer()
     figure.colorbar(image, ax=axes, label="y − (1 − r_set) x_set")
     return figure

@@ -22,6 +22,12 @@ from experiments import plots
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
 _TEMPLATES = Path(__file__).parent / "templates"
+# What a target's number is called for readers.
+_QUANTITIES = {
+    "obedience_rms": "rms of y − (1 − r_set) x_set",
+    "area": "loop area",
+    "form_factor": "form factor of the loop",
+}
 _TITLES = {"fit": "Calibration", "simulate": "Simulation", "optimize": "Pulse design"}
 
 
@@ -165,7 +171,7 @@ def _fit_in_words(result: Mapping[str, Any]) -> str:
 
 
 def _design_in_words(result: Mapping[str, Any]) -> list[str]:
-    parts = [f"Target: {result['target']}."] if "target" in result else []
+    parts = []
     for one in _metrics(result):
         recomputed = f" (recomputed: {number(one['recomputed'])})" if one.get("recomputed") is not None else ""
         parts.append(f"{one['name']}: {number(one['before'])} before, {number(one['after'])} after{recomputed}.")
@@ -177,10 +183,23 @@ def _design_in_words(result: Mapping[str, Any]) -> list[str]:
 
 def _metrics(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a pulse design improved."""
-    found = [result["metric"]] if "metric" in result else []
-    if "obedience_rms" in result:
-        found.append({"name": "rms of y − (1 − r_set) x_set", **result["obedience_rms"]})
-    return found
+    if "metric" not in result:
+        return []
+    metric = result["metric"]
+    return [{**metric, "name": _QUANTITIES.get(metric["name"], metric["name"])}]
+
+
+def _readable(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a row, those in seconds in the unit that suits the largest of them."""
+    rows = {key: value for key, value in one.items() if isinstance(value, float | int) and not isinstance(value, bool)}
+    largest = max((abs(value) for value in rows.values()), default=0.0)
+    if one.get("unit") != "s" or not 0 < largest < 1:
+        return dict(one)
+    scale, unit = (1e3, "ms") if largest >= 1e-3 else (1e6, "µs") if largest >= 1e-6 else (1e9, "ns")
+    scaled: dict[str, Any] = {key: float(f"{value * scale:.14g}") for key, value in rows.items()}
+    if "ci95" in one:
+        scaled["ci95"] = [None if value is None else value * scale for value in one["ci95"]]
+    return {**one, **scaled, "unit": unit}
 
 
 def number(value: Any, std: Any = None) -> str:
@@ -221,9 +240,9 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         good=status in ("converged", "done"),
         verdict=verdict(result),
         result=result,
-        parameters={name: one for name, one in parameters.items() if one["verdict"] != "fixed"},
-        fixed={name: one for name, one in parameters.items() if one["verdict"] == "fixed"},
-        commands=result.get("commands", {}),
+        parameters={name: _readable(one) for name, one in parameters.items() if one["verdict"] != "fixed"},
+        fixed={name: _readable(one) for name, one in parameters.items() if one["verdict"] == "fixed"},
+        commands={name: _readable(one) for name, one in result.get("commands", {}).items()},
         metrics=_metrics(result),
         loops=result.get("loops", {}),
         basins=result.get("basins", [])[:6],

@@ -4,6 +4,7 @@ The store has one dimension, `point`. It is laid out whole with the first batch,
 each batch fills its region and then its statuses, so that a sweep that was interrupted goes on where it was.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def run(config: Config, store: Path, seed: int) -> dict[str, Any]:
     resumed = int(np.sum(status != PENDING))
     device = _device(config, points)
     key = jax.random.key(seed)
-    with _progress() as bar:
-        task = bar.add_task("sweep", total=size, completed=resumed)
+    with _progress(size, resumed) as update:
         for begin in range(0, size, sweep.chunk):
             region = slice(begin, min(begin + sweep.chunk, size))
             if np.all(status[region] != PENDING):
@@ -87,7 +87,7 @@ def run(config: Config, store: Path, seed: int) -> dict[str, Any]:
             status[region] = np.where(kept.pop("valid"), OK, INVALID)
             _fill(store, region, kept)
             _fill(store, region, {"status": status[region]})
-            bar.update(task, completed=int(np.sum(status != PENDING)))
+            update(int(np.sum(status != PENDING)))
     return {
         "status": "done",
         "store": store,
@@ -284,6 +284,24 @@ def _fill(store: Path, region: slice, columns: Mapping[str, np.ndarray]) -> None
     dataset.to_zarr(store, region={"point": region}, zarr_format=_FORMAT, consolidated=False)
 
 
-def _progress() -> Progress:
+@contextlib.contextmanager
+def _progress(size: int, done: int) -> Generator[Callable[[int], None]]:
+    """Yields a function of the points done: a bar on a terminal, a line for each tenth elsewhere."""
+    console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("points"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=sys.stderr))
+    bar = Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+    task = bar.add_task("sweep", total=size, completed=done)
+    told = -1
+
+    def update(done: int) -> None:
+        nonlocal told
+        bar.update(task, completed=done)
+        if not console.is_terminal and (tenth := 10 * done // size) > told:
+            told = tenth
+            print(f"sweep: {done} of {size} points", file=sys.stderr, flush=True)
+
+    with bar:
+        update(done)
+        yield update

@@ -233,19 +233,19 @@ def test_laser_phases(start):
 
 @pytest.mark.parametrize("equation", ["schroedinger", "lindblad"])
 def test_a_detuned_ion_keeps_its_phase_while_it_waits(equation):
-    # Free turns of a coherence cost steps too: 31 turns of v against s, and twice as many of v against m.
-    delta, wait = 2 * PI * 5e3, 6.2e-3
-    energies = np.array([0.0, -delta, 2 * delta])
+    # Free turns of a coherence cost steps too: five turns between v and s, ten between s and m.
+    delta, wait = 2 * PI * 5e3, 1e-3
+    energies = np.array([0.0, -delta, delta])
     if equation == "schroedinger":
         system, start = lossless(energies), np.ones(3) / math.sqrt(3)
     else:
-        system, start = ion(detuning_1_hz=5e3, detuning_2_hz=15e3), np.full((3, 3), 1 / 3)
-    solution = evolve(system, (), start=start, window_s=(0.0, wait))
+        system, start = ion(detuning_1_hz=5e3, detuning_2_hz=10e3), np.full((3, 3), 1 / 3)
+    state = evolve(system, (), start=start, window_s=(0.0, wait)).state[0]
     ket = np.exp(-1j * energies * wait) / math.sqrt(3)
     if equation == "schroedinger":
-        np.testing.assert_allclose(solution.state[0, :3] + 1j * solution.state[0, 3:], ket, atol=1e-8)
+        np.testing.assert_allclose(state[:3] + 1j * state[3:], ket, atol=1e-8)
     else:
-        np.testing.assert_allclose(unpack_density(solution.state[0], 3), np.outer(ket, ket.conj()), atol=1e-8)
+        np.testing.assert_allclose(unpack_density(state, 3), np.outer(ket, ket.conj()), atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------ overlap
@@ -293,7 +293,7 @@ def test_table_of_overlap(method):
 def test_relative_deviation_of_three_in_ten_thousand_at_4_71_sigma(engine):
     # Row 13: RSD(y) = 0.03 % at DT = 4.71 sigma, within one per cent.
     around_it = 4.71 * np.array([0.99, 1.01])
-    rsd = deviation(ENGINES[engine], around_it)[2]
+    rsd = deviation(Adaptive(1e-9, 1e-10) if engine == "adaptive" else StaticGrid(), around_it)[2]
     crossing = np.interp(-math.log(3e-4), -np.log(rsd), around_it)
     assert rsd[1] < 3e-4 < rsd[0]
     assert crossing == pytest.approx(4.71, abs=0.01)
@@ -363,21 +363,18 @@ def test_a_stiff_rate_takes_the_population_to_the_leak_level():
         rho = oracle.evolved(rho, h + oracle.drive("vsml", omega_1, omega_2), jumps, duration)
     expected = np.diag(rho).real
     assert expected[3] > 0.5
-    for method, error in ((Adaptive(1e-9, 1e-10, stiff=True), 1e-7), (StaticGrid(), 1e-8)):
-        solution = evolve(LADDER.system(**stiff), pulses, start="v", window_s=(0.0, 90e-6), method=method)
-        np.testing.assert_allclose(populations(solution), expected, atol=error)
+    method = Adaptive(1e-9, 1e-10, stiff=True)
+    solution = evolve(LADDER.system(**stiff), pulses, start="v", window_s=(0.0, 90e-6), method=method)
+    np.testing.assert_allclose(populations(solution), expected, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------ invariants
 
 
-@pytest.mark.parametrize("n", [3, 4])
-def test_trace_hermiticity_and_positivity(n):
-    rng = np.random.default_rng(n)
-    lanes = 30
+def test_trace_hermiticity_and_positivity():
+    rng, lanes = np.random.default_rng(4), 30
     uniform = lambda low, high: rng.uniform(low, high, lanes)
-    scheme = LAMBDA if n == 3 else LADDER
-    system = scheme.system(
+    system = LADDER.system(
         detuning_1_hz=uniform(-9e3, 9e3),
         detuning_2_hz=uniform(-9e3, 9e3),
         lifetime_s=uniform(1e-4, 1e-2),
@@ -391,7 +388,7 @@ def test_trace_hermiticity_and_positivity(n):
     solution = evolve(system, pulses, start="v", window_s=window, save_s=np.linspace(*window, 9))
     assert np.all(solution.valid)
     np.testing.assert_allclose(solution.populations.sum(axis=1), 1, atol=1e-13)
-    rho = np.moveaxis(np.array([unpack_density(state, n) for state in solution.state]), (1, 2), (-2, -1))
+    rho = np.moveaxis(np.array([unpack_density(state, 4) for state in solution.state]), (1, 2), (-2, -1))
     np.testing.assert_array_equal(rho, np.conj(np.swapaxes(rho, -1, -2)))
     assert np.linalg.eigvalsh(rho).min() > -1e-8
     purity = np.einsum("...ij,...ji->...", rho, rho).real
@@ -408,18 +405,23 @@ def test_starts_may_be_a_level_a_ket_or_a_density_matrix():
     level = evolve(ion(), pulses, start="v", window_s=window)
     np.testing.assert_array_equal(level.state, evolve(ion(), pulses, start=np.eye(3)[0], window_s=window).state)
     pure = evolve(lossless(), pulses, start=ket, window_s=window).populations
-    np.testing.assert_allclose(evolve(ion(), pulses, start=ket, window_s=window).populations, pure, atol=2e-8)
-    mixed = np.outer(ket, ket.conj())
-    np.testing.assert_allclose(evolve(lossless(), pulses, start=mixed, window_s=window).populations, pure, atol=2e-8)
+    for start in (ket, np.outer(ket, ket.conj())):
+        mixed = evolve(ion(), pulses, start=start, window_s=window).populations
+        np.testing.assert_allclose(mixed, pure, atol=2e-8)
+    # A mixed state of a closed graph has no ket.
+    mixed = evolve(lossless(), pulses, start=np.diag([0.5, 0.5, 0.0]), window_s=window).populations
+    assert mixed.sum() == pytest.approx(1, abs=1e-13)
 
 
-def test_fewer_pulses_than_couplings_leave_the_last_undriven():
+@engines
+def test_fewer_pulses_than_couplings_leave_the_last_undriven(engine):
     window = (-8 * SIGMA, 8 * SIGMA)
-    first = pair(2.0, 0.0, 0.0)[0]
-    alone = evolve(ion(), (first,), start="v", window_s=window)
-    np.testing.assert_allclose(alone.populations[0], [math.cos(1) ** 2, math.sin(1) ** 2, 0.0], atol=1e-8)
-    nothing = evolve(ion(), (), start="s", window_s=window)
+    alone = evolve(ion(), pair(2.0, 0.0, 0.0)[:1], start="v", window_s=window, method=ENGINES[engine])
+    expected = [math.cos(1) ** 2, math.sin(1) ** 2, 0.0]
+    np.testing.assert_allclose(alone.populations[0], expected, atol=PROMISE[engine])
+    nothing = evolve(ion(), (), start="s", window_s=window, method=ENGINES[engine])
     np.testing.assert_allclose(nothing.populations[0], [0, 1, 0], atol=1e-15)
+    assert nothing.coverage.shape == (0,)
 
 
 def test_a_saved_end_is_the_end():
@@ -433,24 +435,17 @@ def test_a_saved_end_is_the_end():
 
 def test_numbers_of_few_axes_spread_over_the_batch():
     # A graph without batch axes under as many pulses as it has levels: three energies are no three lanes.
-    areas = np.array([0.5, 1.5, 2.5])
-    system = ion(detuning_1_hz=6e3, detuning_2_hz=-9e3)
-    batch = evolve(system, pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    spread = ion(detuning_1_hz=np.full(3, 6e3), detuning_2_hz=np.full(3, -9e3))
-    expected = evolve(spread, pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    np.testing.assert_allclose(batch.populations, expected.populations, atol=1e-14)
-
-
-def test_two_batch_axes():
-    areas, detuning = np.linspace(0.5, 2.5, 4)[:, None], np.array([0.0, 3e3, 8e3])
-    solution = evolve(ion(detuning_1_hz=detuning), pair(areas, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA))
-    assert solution.populations.shape == (1, 3, 4, 3)
-    assert solution.coverage.shape == (2, 4, 3)
-    assert solution.valid.shape == solution.error_estimate.shape == (4, 3)
-    swapped = evolve(
-        ion(detuning_1_hz=detuning[:, None]), pair(areas.T, 1.0, 6 * SIGMA), start="v", window_s=around(6 * SIGMA)
+    areas, separation = np.linspace(0.5, 2.5, 12).reshape(4, 3), np.array([6.0, 7.0, 8.0]) * SIGMA
+    graphs = [ion(detuning_1_hz=d, detuning_2_hz=-9e3) for d in (6e3, np.full((4, 3), 6e3))]
+    few, all_spread = (
+        evolve(graph, pair(areas, 1.0, separation), start="v", window_s=around(9 * SIGMA)) for graph in graphs
     )
-    np.testing.assert_allclose(solution.populations.swapaxes(2, 3), swapped.populations, atol=1e-14)
+    np.testing.assert_allclose(few.populations, all_spread.populations, atol=1e-14)
+    assert few.populations.shape == (1, 3, 4, 3)
+    assert few.state.shape == (1, 9, 4, 3)
+    assert few.t_s.shape == (1, 4, 3)
+    assert few.coverage.shape == (2, 4, 3)
+    assert few.valid.shape == few.error_estimate.shape == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +513,6 @@ def test_the_error_falls_with_the_eighth_power_of_the_step():
     window = tuple(float(t) for t in pulse.support_s)
     solve = lambda method: populations(evolve(system, (pulse,), start="v", window_s=window, method=method))
     exact = solve(StaticGrid(1e-13))
-    np.testing.assert_allclose(exact, solve(Adaptive(1e-13, 1e-15)), atol=1e-12)
     # Two segments of no length, outside the support, take one step each.
     coarse = np.array([solve(StaticGrid(1e-3, steps=n + 2)) for n in (16, 22, 32, 44)])
     error = np.abs(coarse - exact).max(axis=1)
@@ -566,9 +560,7 @@ def on_random_devices(equation, method, lanes=LANES):
 precise = functools.cache(lambda equation: populations(on_random_devices(equation, StaticGrid(1e-13))))
 
 
-@pytest.mark.parametrize(
-    ("equation", "error"), [("lindblad", 1e-6), ("lindblad", 1e-8), ("schroedinger", 1e-6), ("schroedinger", 1e-8)]
-)
+@pytest.mark.parametrize(("equation", "error"), [("lindblad", 1e-6), ("lindblad", 1e-8), ("schroedinger", 1e-8)])
 def test_static_grid_keeps_the_requested_error(equation, error):
     solution = on_random_devices(equation, StaticGrid(error))
     true = np.abs(populations(solution) - precise(equation)).max(axis=0)
@@ -576,14 +568,13 @@ def test_static_grid_keeps_the_requested_error(equation, error):
     assert np.asarray(solution.error_estimate).max() <= error * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("equation", ["lindblad", "schroedinger"])
-def test_error_estimates_hold_lane_by_lane(equation):
+def test_error_estimates_hold_lane_by_lane():
     # Far fewer steps than the hungriest lane asks for: estimates from 1e-9 to 1e-3, the rest is refused.
-    solution = on_random_devices(equation, StaticGrid(1e-3, steps=32))
+    solution = on_random_devices("lindblad", StaticGrid(1e-3, steps=32))
     valid, estimate = np.asarray(solution.valid), np.asarray(solution.error_estimate)
     assert 50 < valid.sum() < LANES
     np.testing.assert_array_equal(valid, estimate <= 1e-3)
-    true = np.abs(solution.populations[0] - precise(equation)).max(axis=0)
+    true = np.abs(solution.populations[0] - precise("lindblad")).max(axis=0)
     assert np.isnan(true[~valid]).all()
     assert np.all(true[valid] <= 3 * estimate[valid] + 1e-13)
     # Nor so careful that the grid is wasteful: somewhere the estimate is nearly reached.
@@ -620,7 +611,7 @@ def solve_traced(values, method):
         lifetime_s=values["lifetime_s"],
     )
     pulses = pair(values["theta_1"], values["theta_2"], values["separation_s"], values["sigma_s"])
-    return evolve(system, pulses, start="v", window_s=(-1e-4, values["stop_s"]), method=method)
+    return evolve(system, pulses, start="v", window_s=(-8 * SIGMA, values["stop_s"]), method=method)
 
 
 solve_jitted = eqx.filter_jit(solve_traced)
@@ -753,16 +744,16 @@ def test_a_pulse_that_no_step_has_seen_raises_inside_jit():
 
 
 @engines
-def test_a_narrow_pulse_in_a_long_window_is_seen(engine):
-    # An adaptive solver without knots at the pulse integrates this to exactly nothing.
-    pulse = Gaussian.from_area(PI, center_s=3.217e-3, sigma_s=1e-6)
-    solution = evolve(ion(), (pulse,), start="v", window_s=(0.0, 10e-3), method=ENGINES[engine])
-    assert populations(solution)[1] == pytest.approx(1.0, abs=1e-8)
+def test_narrow_pulses_in_a_long_window_are_seen(engine):
+    # An adaptive solver without knots at the pulses integrates this to exactly nothing.
+    pulses = (
+        Gaussian.from_area(PI, center_s=3.217e-3, sigma_s=1e-6),
+        PiecewiseConstant.square(PI, center_s=7.7e-3, duration_s=1e-6),
+    )
+    solution = evolve(ion(), pulses, start="v", window_s=(0.0, 10e-3), method=ENGINES[engine])
+    np.testing.assert_allclose(populations(solution), [0, 0, 1], atol=1e-8)
     assert solution.coverage[0] >= 4
-    square = PiecewiseConstant.square(PI, center_s=7.7e-3, duration_s=1e-6)
-    solution = evolve(ion(), (square,), start="v", window_s=(0.0, 10e-3), method=ENGINES[engine])
-    assert populations(solution)[1] == pytest.approx(1.0, abs=1e-8)
-    assert solution.coverage[0] >= 1
+    assert solution.coverage[1] >= 1
 
 
 def test_coverage_counts_the_steps_under_each_pulse():
@@ -842,7 +833,8 @@ def test_derivatives_are_the_finite_differences(differentiation):
     expected = derivatives()
     # Each parameter moves something by more than the tolerance.
     assert np.all(np.abs(expected).max(axis=0) > 1e-4)
-    got = np.stack([column * AT[name] for name, column in jacobian(differentiation).items()], axis=1)
+    columns = jacobian(differentiation)
+    got = np.stack([columns[name] * AT[name] for name in AT], axis=1)
     np.testing.assert_allclose(got, expected, atol=2e-7)
 
 

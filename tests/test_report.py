@@ -96,14 +96,14 @@ def optimize_run(out: RunFolder, target: str) -> None:
         error = 0.04 * np.outer(np.sin(np.pi * x), np.cos(3 * r))
         arrays |= {"x_set": ("x_set", x), "r_set": ("r_set", r)}
         arrays |= {f"error_{when}": (("x_set", "r_set"), error * f) for when, f in (("before", 1), ("after", 0.15))}
-        result["obedience_rms"] = {"before": 0.0213, "after": 0.0032}
+        result["metric"] = {"name": "obedience_rms", "before": 0.0213, "after": 0.0032, "recomputed": 0.00321}
     else:
         u = 2 * np.pi * np.arange(40) / 40
         x = (1 - np.cos(u)) / 2
         for when, size in (("before", 0.6), ("after", 0.95)):
             y = x * (1 - 0.5 - size * 0.4 * np.cos(u - 1)) * size
             arrays |= {f"x_{when}": ("cycle", x * size), f"y_{when}": ("cycle", y)}
-        result["metric"] = {"name": "signed area", "before": 0.18, "after": 0.27, "recomputed": 0.2700001}
+        result["metric"] = {"name": "area", "before": 0.18, "after": 0.27, "recomputed": 0.2700001}
     command = {"before": 1.0, "after": 1.0441, "low": 0.5, "high": 1.5, "unit": "", "at_bound": False}
     sigma = {"before": 2e-5, "after": 8e-6, "low": 8e-6, "high": 4e-5, "unit": "s", "at_bound": True}
     result |= {"commands": {"amplitude_1": command, "sigma_1_s": sigma}, "seconds": {"solve": 12.0}, **ABOUT}
@@ -174,10 +174,9 @@ def test_a_report_is_drawn_again_from_the_folder_alone(kind_and_run):
     assert (run / "report.html").read_bytes() == first
 
 
+@pytest.mark.parametrize("kind_and_run", ["fit"], indirect=True)
 def test_a_fit_is_judged_in_words(kind_and_run):
-    kind, run = kind_and_run
-    if kind != "fit":
-        pytest.skip("a fit is judged here")
+    _, run = kind_and_run
     text = Page(run / "report.html").text
     for part in ("χ²/dof = 1.021", "4 are identified", "1 is not identified", "as it should be", "606 measurements",
                  "<the interval> fills", "sigma_1_s = 2e-05", "seconds in search", "branching = 0.4."):  # fmt: skip
@@ -186,11 +185,31 @@ def test_a_fit_is_judged_in_words(kind_and_run):
     assert "0.95330.0027" in text  # value and standard error, each to the same digit
 
 
+@pytest.mark.parametrize("kind_and_run", ["obedience"], indirect=True)
+def test_a_design_is_judged_in_words(kind_and_run):
+    text = Page(kind_and_run[1] / "report.html").text
+    assert "rms of y − (1 − r_set) x_set: 0.0213 before, 0.0032 after (recomputed: 0.00321)" in text
+    assert "At their bounds: sigma_1_s." in text
+    assert re.search(r"sigma_1_s\s*20\s*8\s*8\s*40\s*µs\s*at bound", text)
+
+
 def test_a_poor_fit_is_called_so():
     result = {"kind": "fit", "status": "converged", "parameters": parameters(), "n_data": 606, "n_free": 7}
     result["log_likelihood"] = -9000.0
     assert "does not explain" in report.verdict({**result, "chi2_per_dof": 1.4})
     assert "too few data" in report.verdict({**result, "chi2_per_dof": None})
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "shown", "unit"),
+    [(2.1e-5, 3e-7, 21.0, "µs"), (0.0527, 2e-4, 52.7, "ms"), (4e-8, 1e-9, 40.0, "ns")],
+)
+def test_times_are_given_in_a_unit_that_suits_them(value, std, shown, unit):
+    row = {"value": value, "std": std, "ci95": [value - std, None], "unit": "s", "verdict": "identified"}
+    found = report._readable(row)
+    assert (found["value"], found["unit"], found["verdict"]) == (shown, unit, "identified")
+    assert found["ci95"] == [pytest.approx(shown * (1 - std / value)), None]
+    assert report._readable({"value": 300.0, "unit": "Hz"}) == {"value": 300.0, "unit": "Hz"}
 
 
 def test_a_failed_run_has_a_report_with_the_reason(tmp_path):

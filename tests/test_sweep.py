@@ -65,6 +65,15 @@ def test_a_grid_holds_what_single_runs_give(grid):
         assert found.rms_obedience.values[k] == pytest.approx(rms, abs=1e-13)
 
 
+def test_progress_is_told_where_there_is_no_terminal(capsys):
+    with sweep._progress(40, 3) as update:
+        for done in (4, 5, 8, 40):
+            update(done)
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [f"sweep: {done} of 40 points" for done in (3, 4, 8, 40)]
+    assert captured.out == ""
+
+
 def test_it_unstacks_into_its_axes(grid):
     axes = stored(grid[1]).set_index(point=["window_cycles", "rabi_scale_1"]).unstack()
     assert axes.signed_area.shape == (4, 3)

@@ -53,7 +53,7 @@ def flat_root(x: Array) -> Array:
 
 
 @flat_root.defjvp
-def flat_root_jvp(primals, tangents):
+def _flat_root_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     slope = jnp.where(x == 0, 0.0, 0.5 / jnp.sqrt(jnp.where(x == 0, 1.0, x)))
     return flat_root(x), slope * dx

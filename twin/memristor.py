@@ -140,7 +140,9 @@ class IonMemristor(AbstractMemristor):
         for name in ("readout_error_bright", "readout_error_dark", "branching"):
             check_values(name, getattr(self, name), lambda v: (v >= 0) & (v <= 1), "in [0, 1]", "it is a probability")
         for name in ("lifetime_s", "m_lifetime_s"):
-            rate = None if is_traced(getattr(self, name)) else 1 / np.asarray(getattr(self, name))
+            # Infinite is allowed here, no decay; its inverse, the rate, is what must be finite.
+            with np.errstate(divide="ignore"):
+                rate = None if is_traced(getattr(self, name)) else 1 / np.asarray(getattr(self, name))
             check_values(name, rate, lambda v: v >= 0, "positive (its inverse, the rate, finite)", "give it in seconds")
         if self.phonon_nodes == 1 and not is_traced(self.n_bar, self.heating_rate_per_s):
             moving = np.any(np.asarray(self.n_bar) > 0) or np.any(np.asarray(self.heating_rate_per_s) > 0)
@@ -169,10 +171,10 @@ class IonMemristor(AbstractMemristor):
 
     def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone) -> Response:
         theta_1, theta_2 = self.areas(x_set, r_set)
-        factor_1, factor_2, weights = self._factors()
-        # Phonon numbers are the first batch axis, cycles follow; one number needs no axis.
-        spread = () if self.phonon_nodes == 1 else (-1,) + (1,) * jnp.ndim(x_set)
-        theta_1, theta_2 = factor_1.reshape(spread) * theta_1, factor_2.reshape(spread) * theta_2
+        factor_1, factor_2, weights = self._factors(jnp.ndim(x_set))
+        if self.phonon_nodes == 1:
+            factor_1, factor_2 = factor_1[0], factor_2[0]
+        theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
         theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
         if isinstance(self.method, ClosedForm):
             response = self._closed_form(theta_1, theta_2)
@@ -216,11 +218,17 @@ class IonMemristor(AbstractMemristor):
         theta_1 = self.amplitude_1 * self.rabi_scale_1 * ratio_1 * commanded
         return theta_1, self.amplitude_2 * self.rabi_scale_2 * ratio_2 * set_area(r_set)
 
-    def _factors(self) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, " nodes"]]:
-        """Debye-Waller factor of each pulse at each phonon number of the quadrature, and the weights."""
+    def _factors(
+        self, axes: int
+    ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, " nodes"]]:
+        """Debye-Waller factor of each pulse at each phonon number of the quadrature, and the weights.
+
+        Phonon numbers come first, before the `axes` batch axes.
+        """
         numbers, weights = thermal_quadrature(self.n_bar, self.phonon_nodes)
-        late = numbers + self.heating_rate_per_s * (self.lead_s + self.separation_s)
+        numbers = numbers.reshape((-1,) + (1,) * axes)
         early = numbers + self.heating_rate_per_s * self.lead_s
+        late = early + self.heating_rate_per_s * self.separation_s
         return carrier_factor(self.eta_1, early), carrier_factor(self.eta_2, late), weights
 
     def system(self, detuning_1_set_hz, detuning_2_set_hz) -> LevelSystem:
