@@ -528,7 +528,7 @@ LANES = 200
 def random_devices(equation):
     """Ions all over the box: areas, widths, overlap, detunings, noise, and lone pulses."""
     rng = np.random.default_rng(7)
-    uniform = lambda low, high: rng.uniform(low, high, LANES)  # noqa: E731
+    uniform = lambda low, high: rng.uniform(low, high, LANES)
     sigma_1, sigma_2 = 10e-6 * 3 ** uniform(0, 1), 10e-6 * 3 ** uniform(0, 1)
     separation = uniform(0, 16) * np.hypot(sigma_1, sigma_2)
     detuning_1, detuning_2 = uniform(-1e4, 1e4), uniform(-1e4, 1e4)
@@ -552,7 +552,7 @@ def random_devices(equation):
 
 
 def on_random_devices(equation, method, lanes=LANES):
-    some = lambda a: a[..., :lanes] if np.shape(a)[-1:] == (LANES,) else a  # noqa: E731
+    some = lambda a: a[..., :lanes] if np.shape(a)[-1:] == (LANES,) else a
     system, pulses, window = jax.tree.map(some, random_devices(equation))
     return evolve(system, pulses, start="v", window_s=window, method=method)
 
@@ -771,7 +771,7 @@ def test_coverage_counts_the_steps_under_each_pulse():
 def test_an_adaptive_batch_is_its_lanes():
     theta, separation = np.array([0.4, 2.0, 3.1]), np.array([0.0, 3.0, 9.0]) * SIGMA
     linewidth = np.array([0.0, 300.0, 3e3])
-    solve = lambda theta, linewidth, separation: evolve(  # noqa: E731
+    solve = lambda theta, linewidth, separation: evolve(
         ion(shared_linewidth_hz=linewidth),
         pair(theta, 1.0, separation),
         start="v",

@@ -1,6 +1,7 @@
 """The devices against exact loops, against each other, and against finite differences."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def richardson(value, *, ks=(60, 120, 240, 480)):
     """Limit of a quantity with an error series in 1/K."""
     table = [value(k) for k in ks]
     for order in range(1, len(ks)):
-        table = [(2**order * b - a) / (2**order - 1) for a, b in zip(table, table[1:], strict=False)]
+        table = [(2**order * b - a) / (2**order - 1) for a, b in itertools.pairwise(table)]
     return table[0]
 
 

@@ -55,7 +55,7 @@ def test_quadrature_is_not_exact_beyond_its_degree():
     n, p = thermal(1.0)
     numbers, weights = quadrature(1.0, 3)
     # A polynomial that vanishes at all nodes, squared: the sum is zero, the mean is not.
-    values = lambda x: np.prod([(x - node) ** 2 for node in np.asarray(numbers)], axis=0)  # noqa: E731
+    values = lambda x: np.prod([(x - node) ** 2 for node in np.asarray(numbers)], axis=0)
     assert (weights * values(numbers)).sum() == pytest.approx(0, abs=1e-12)
     assert (p * values(n)).sum() > 1
 
@@ -67,8 +67,8 @@ def test_thermal_means_of_transfers(n_bar):
     n, p = thermal(n_bar)
     keep = p > 1e-18
     factors = np.exp(-(eta**2) / 2) * np.array([eval_laguerre(int(k), eta**2) for k in n[keep]])
-    x = lambda f: np.sin(theta_1 * f / 2) ** 2  # noqa: E731
-    kept = lambda f: np.cos(theta_2 * f / 2) ** 2  # noqa: E731
+    x = lambda f: np.sin(theta_1 * f / 2) ** 2
+    kept = lambda f: np.cos(theta_2 * f / 2) ** 2
     numbers, weights = quadrature(n_bar, 8)
     f = np.asarray(carrier_factor(eta, numbers))
     assert (weights * x(f)).sum() == pytest.approx((p[keep] * x(factors)).sum(), abs=1e-7)

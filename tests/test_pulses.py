@@ -1,6 +1,7 @@
 """Every waveform through one contract, the conventions of the Gaussian's width, and the refusal of bad values."""
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -82,9 +83,7 @@ def times(pulse, number=2001):
 def integral(f, low, high, edges=()):
     """Integral with a resolved middle: quad alone may miss what is narrow."""
     middle = sorted({low, high, 0.0 if low < 0 < high else low, *(e for e in edges if low < e < high)})
-    return math.fsum(
-        quad(f, a, b, epsabs=0, epsrel=1e-12, limit=200)[0] for a, b in zip(middle, middle[1:], strict=False)
-    )
+    return math.fsum(quad(f, a, b, epsabs=0, epsrel=1e-12, limit=200)[0] for a, b in itertools.pairwise(middle))
 
 
 # ------------------------------------------------------------------------------------------------ the contract

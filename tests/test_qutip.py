@@ -21,7 +21,7 @@ CASES = [(scheme, lane) for scheme, lanes in LANES.items() for lane in range(lan
 def draw(scheme):
     """Random devices of a scheme: everything at once, from strong overlap to pulses apart."""
     rng, lanes = np.random.default_rng(list(LANES).index(scheme) + 11), LANES[scheme]
-    uniform = lambda low, high: rng.uniform(low, high, lanes)  # noqa: E731
+    uniform = lambda low, high: rng.uniform(low, high, lanes)
     device = {
         "detuning_1_hz": uniform(-6e3, 6e3),
         "detuning_2_hz": uniform(-6e3, 6e3),

@@ -92,8 +92,9 @@ def test_the_photonic_platform_and_the_kernels():
     assert float(memory_from(parse_config({}), 3.5).window_cycles) == 3.5
 
 
-def test_an_exact_loop_has_the_area_of_the_discrete_formula(tmp_path):
-    result, run = simulated(tmp_path / "run", config())
+@pytest.mark.parametrize("platform", ["ion", "photonic"])
+def test_an_exact_loop_has_the_area_of_the_discrete_formula(tmp_path, platform):
+    result, run = simulated(tmp_path / "run", config(platform=platform))
     found = result["loops"]["A"]
     assert found["signed_area"] == pytest.approx(0.2680153507, abs=1e-9)
     assert found["form_factor"] == pytest.approx(0.56275702, abs=1e-8)
