@@ -58,7 +58,11 @@ def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0):
             if not f.metadata.get("static", False)
         }
         return dataclasses.replace(tree, **new)
-    return None if tree is None else jnp.broadcast_to(tree, tree.shape[:leading] + shape)
+    if tree is None:
+        return None
+    own, batch = tree.shape[:leading], tree.shape[leading:]
+    # Missing batch axes go between the quantity's own axes and those of the batch.
+    return jnp.broadcast_to(tree.reshape(own + (1,) * (len(shape) - len(batch)) + batch), own + shape)
 
 
 def is_traced(*trees) -> bool:
