@@ -60,9 +60,9 @@ def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0):
         return dataclasses.replace(tree, **new)
     if tree is None:
         return None
-    own, batch = tree.shape[:leading], tree.shape[leading:]
-    # Missing batch axes go between the quantity's own axes and those of the batch.
-    return jnp.broadcast_to(tree.reshape(own + (1,) * (len(shape) - len(batch)) + batch), own + shape)
+    # New axes go between the leading ones and the batch: three energies are not three lanes.
+    lead, batch = tree.shape[:leading], tree.shape[leading:]
+    return jnp.broadcast_to(tree.reshape(lead + (1,) * (len(shape) - len(batch)) + batch), lead + shape)
 
 
 def is_traced(*trees) -> bool:

@@ -155,25 +155,46 @@ def evolve(
         if saves.ndim == 1:
             saves = saves.reshape((-1,) + (1,) * len(shape))
         saves = jnp.broadcast_to(saves, (saves.shape[0], *shape))
+        if not is_traced(saves, window) and bool(jnp.any((saves < window[0]) | (saves > window[1]))):
+            raise ValueError(f"`save_s` must lie inside the window {window_s}, but is {save_s}; times are in seconds.")
     pure = system.closed and (isinstance(start, str) or np.ndim(start) == 1)
     state = _initial_state(system, start, pure)
     state = jnp.broadcast_to(state.reshape((-1,) + (1,) * len(shape)), (state.shape[0], *shape))
+    problem = _Problem(system, tuple(pulses), window, pure, saves, state)
+    if isinstance(method, StaticGrid) and method.steps is None:
+        if is_traced(problem, method):
+            raise ValueError(
+                "the number of steps cannot be laid from traced values; give `StaticGrid(steps=...)`, "
+                "with the number from `plan_steps` over the box of values that will occur."
+            )
+        steps = grids.plan_steps(system, pulses, window, float(method.error), shape) + saves.shape[0]
+        method = dataclasses.replace(method, steps=steps)
+    solution, seen, success = _solve(problem, shape, method, save_s is None)
+    if shape == ():
+        state = _refuse(solution.state, ~seen, _NOT_SEEN)
+        state = _refuse(state, ~success, _TOO_COARSE if isinstance(method, StaticGrid) else _NOT_SOLVED)
+        solution = eqx.tree_at(lambda s: s.state, solution, state)
+    return solution
+
+
+@eqx.filter_jit
+def _solve(problem: _Problem, shape: tuple[int, ...], method: StaticGrid | Adaptive, at_end: bool):
+    """(solution, seen, success): everything behind the checks as one program, compiled once for all values."""
+    system, pulses = problem.system, problem.pulses
     # One number a lane from here on: a number shared by lanes would be summed over them at every stage of a gradient.
-    problem = broadcast_batch(_Problem(system, tuple(pulses), window, pure, saves, state), shape)
+    problem = broadcast_batch(problem, shape)
     if isinstance(method, Adaptive):
         t_s, state, coverage, success = _solve_lanes(problem, method, len(shape))
         bound = jnp.full(shape, jnp.nan)
     else:
-        t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=save_s is None)
+        t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=at_end)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
     silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
     seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent, bool).reshape(coverage.shape), axis=0)
-    if shape == ():
-        state = _refuse(state, ~seen, _NOT_SEEN)
-        state = _refuse(state, ~success, _TOO_COARSE if isinstance(method, StaticGrid) else _NOT_SOLVED)
-    valid = seen & success & jnp.all(jnp.isfinite(state), axis=(0, 1))
+    valid = seen & success & _sensible(problem, shape) & jnp.all(jnp.isfinite(state), axis=(0, 1))
     state = jnp.where(valid, state, jnp.nan)
-    return Solution(t_s, state, _populations(state, len(system.levels), pure), coverage, valid, bound)
+    populations = _populations(state, len(system.levels), problem.pure)
+    return Solution(t_s, state, populations, coverage, valid, bound), seen, success
 
 
 _NOT_SEEN = (
@@ -192,6 +213,17 @@ def _refuse(state: Float[Array, "..."], condition: Bool[Array, ""], message: str
     if bool(condition):
         raise ValueError(message)
     return state
+
+
+def _sensible(problem: _Problem, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """What the constructors refuse in known values, judged lane by lane in traced ones."""
+    good = jnp.all((problem.save_s >= problem.window_s[0]) & (problem.save_s <= problem.window_s[1]), axis=0)
+    for pulse in problem.pulses:
+        low, high = pulse.support_s
+        good = good & (low < high) & jnp.isfinite(low) & jnp.isfinite(high)
+    for jump in (*problem.system.decays, *problem.system.dephasings):
+        good = good & (jump.rate_per_s >= 0)
+    return jnp.broadcast_to(good, shape)
 
 
 def _initial_state(system: LevelSystem, start, pure: bool) -> Float[Array, "components"]:
@@ -215,13 +247,6 @@ def _populations(state: Float[Array, "saves components ..."], n: int, pure: bool
 def _solve_grid(problem: _Problem, shape: tuple[int, ...], method: StaticGrid, at_end: bool):
     system, pulses, window = problem.system, problem.pulses, problem.window_s
     steps = method.steps
-    if steps is None:
-        if is_traced(problem, method):
-            raise ValueError(
-                "the number of steps cannot be laid from traced values; give `StaticGrid(steps=...)`, "
-                "with the number from `plan_steps` over the box of values that will occur."
-            )
-        steps = grids.plan_steps(system, pulses, window, float(method.error), shape) + problem.save_s.shape[0]
     saves = None if at_end else problem.save_s
     share = 1.0 if method.finest is None else grids.coarser_share(method.error, method.finest)
     plan = grids.lay(system, pulses, window, steps, share, shape, saves)
@@ -262,7 +287,7 @@ def _solve_adaptive(problem: _Problem, method: Adaptive):
     saveat = diffrax.SaveAt(
         subs=[
             diffrax.SubSaveAt(ts=problem.save_s),
-            diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: t),
+            diffrax.SubSaveAt(t0=True, steps=True, fn=_time),
         ]
     )
     _, (state, steps_s), success = _integrate(
@@ -279,11 +304,24 @@ def _solve_adaptive(problem: _Problem, method: Adaptive):
     return problem.save_s, state, grids.coverage(problem.pulses, steps_s), success
 
 
+def _slope(t, state, problem: _Problem):
+    return problem.rhs(problem.system, problem.drives(grids.StageTime(t, t)), state)
+
+
+def _time(t, state, problem):
+    del state, problem
+    return t
+
+
+# Module level, so that calls of the same shapes share one compiled program.
+_TERM = diffrax.ODETerm(_slope)
+
+
 def _integrate(solver, times, problem: _Problem, saveat, controller, adjoint, max_steps: int):
     """The one call of `diffeqsolve`: (times, saved states, success)."""
     start, stop, first = times
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, state, p: p.rhs(p.system, p.drives(grids.StageTime(t, t)), state)),
+        _TERM,
         solver,
         start,
         stop,

@@ -38,6 +38,8 @@ def _with_phase(envelope: Float[Array, "..."], phase_rad: Float[Array, "..."] | 
 def _pick(slices: Float[Array, "slices ..."], piece: Int[Array, "..."]) -> Float[Array, "..."]:
     """Slice `piece - 1` of each lane; zero before the first edge (piece 0) and after the last."""
     shape = jnp.broadcast_shapes(slices.shape[1:], piece.shape)
+    # New axes go behind that of the slices.
+    slices = slices.reshape(slices.shape[0], *(1,) * (len(shape) + 1 - slices.ndim), *slices.shape[1:])
     zero = jnp.zeros((1, *shape))
     padded = jnp.concatenate([zero, jnp.broadcast_to(slices, (slices.shape[0], *shape)), zero])
     return jnp.take_along_axis(padded, jnp.broadcast_to(piece, shape)[None], axis=0)[0]
@@ -259,7 +261,10 @@ class PiecewiseConstant(AbstractPulse):
     def area_rad(self) -> Float[Array, "..."]:
         if self.imag_rad_s is None:
             return jnp.sum(self.real_rad_s, axis=0) * self._slice_s
-        return jnp.sum(jnp.hypot(self.real_rad_s, self.imag_rad_s), axis=0) * self._slice_s
+        square = self.real_rad_s**2 + self.imag_rad_s**2
+        # An empty slice has no direction in which it would grow: slope 0, not NaN.
+        magnitude = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+        return jnp.sum(magnitude, axis=0) * self._slice_s
 
     @property
     def peak_rad_s(self) -> Float[Array, "..."]:
