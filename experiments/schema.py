@@ -31,7 +31,7 @@ class Device(Table):
     engine: Literal["auto", "closed_form", "lindblad"] = Field(
         "auto", description="closed form, integrated Lindblad equation, or the closed form only where `error` allows it"
     )
-    error: float = _number(1e-8, 1e-12, 1e-2, "", "largest error of a population that the engine may make")
+    error: float = _number(1e-8, 1e-12, 1e-3, "", "largest error of a population that the engine may make")
     sigma_1_s: float = _number(20e-6, *_TIME, "s", "width (standard deviation of the Rabi envelope) of pulse 1")
     sigma_2_s: float = _number(20e-6, *_TIME, "s", "width (standard deviation of the Rabi envelope) of pulse 2")
     separation_s: float = _number(120e-6, 0.0, 0.1, "s", "from the centre of pulse 1 to the centre of pulse 2")

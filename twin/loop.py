@@ -19,6 +19,8 @@ from twin.memory import AbstractMemory
 from twin.readout import sample_counts
 
 SOURCES = ("measured", "model", "command")
+# How far outside [0, 1] rounding of a solver may carry a population.
+_ROUNDING = 1e-5
 
 
 class Response(eqx.Module):
@@ -211,9 +213,13 @@ def _measure(device: AbstractMemristor, response: Response, shots, key):
 def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Array, "..."]:
     if device.source == "command":
         return x_set
-    if device.source == "model":
-        return x
-    return p_x if n_x is None else n_x / shots
+    if n_x is not None and device.source == "measured":
+        return n_x / shots
+    fed = x if device.source == "model" else p_x
+    # A solver may leave an empty level at -1e-9; a transfer below zero would have no pulse area. Anything further out is
+    # an error and stays one.
+    fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, fed)
+    return jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed)
 
 
 def _cycles_after_components(response: Response) -> Response:
