@@ -35,15 +35,16 @@ class Observations(eqx.Module):
 
     def log_likelihood(self, p: Float[Array, " rows"]) -> Float[Array, ""]:
         """Sum over measured cells of log Binomial(n | N, p), or of the log normal density."""
+        value, scale = jnp.where(self.measured, self.value, 0.0), jnp.where(self.measured, self.scale, 1.0)
         if self.counted:
-            n, shots = self.value, self.scale
+            n, shots = value, scale
             choose = gammaln(shots + 1) - gammaln(n + 1) - gammaln(shots - n + 1)
             # An outcome that never occurred has no term, so its logarithm (and its slope) must not be taken at p = 0.
             seen, unseen = n > 0, n < shots
             terms = choose + n * jnp.log(jnp.where(seen, p, 1.0))
             terms = terms + (shots - n) * jnp.log1p(-jnp.where(unseen, p, 0.0))
         else:
-            terms = -0.5 * ((self.value - p) / self.scale) ** 2 - jnp.log(self.scale * np.sqrt(2 * np.pi))
+            terms = -0.5 * ((value - p) / scale) ** 2 - jnp.log(scale * np.sqrt(2 * np.pi))
         return jnp.sum(jnp.where(self.measured, terms, 0.0))
 
     def variance(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
@@ -55,8 +56,10 @@ class Observations(eqx.Module):
         return jnp.where(self.measured, self.value / self.scale if self.counted else self.value, jnp.nan)
 
     def residual(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """Standardized residuals, (measured - p) / sqrt(variance); NaN where not measured."""
-        return (self.estimate() - p) / jnp.sqrt(self.variance(p))
+        """Standardized residuals, (measured - p) / sqrt(variance); NaN where not measured, 0 where certain."""
+        difference, variance = self.estimate() - p, self.variance(p)
+        certain = (difference == 0) & (variance == 0)
+        return jnp.where(certain, 0.0, difference / jnp.sqrt(jnp.where(certain, 1.0, variance)))
 
 
 class Experiment(eqx.Module):
