@@ -216,8 +216,8 @@ def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Arr
     if n_x is not None and device.source == "measured":
         return n_x / shots
     fed = x if device.source == "model" else p_x
-    # A solver may leave an empty level at -1e-9, and a transfer below zero has no pulse area. Anything further out is an
-    # error and stays one.
+    # A solver may leave an empty level at -1e-9, and a transfer below zero has no pulse area.
+    # Anything further out is an error and stays one.
     fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, fed)
     return jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed)
 
