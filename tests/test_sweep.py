@@ -181,17 +181,17 @@ def test_all_points_are_one_program(tmp_path, monkeypatch):
 
 
 def test_a_bad_point_spoils_no_other(tmp_path, monkeypatch):
-    """A grid of steps laid for a quarter of the box: far beyond it the detuning is too fast, and the point says so."""
+    """A grid of steps laid for seven tenths of the box: beyond it the detuning is too fast, and the point says so."""
     lay = sweep.planned
 
-    def quarter(device, box, **options):
-        return lay(device, {name: (0.0, high / 4) for name, (_, high) in box.items()}, **options)
+    def shorter(device, box, **options):
+        return lay(device, {name: (0.0, 0.7 * high) for name, (_, high) in box.items()}, **options)
 
     settings = config(
         device={"engine": "lindblad", "error": 1e-5}, loop={"cycles_per_period": 4, "periods": 2},
         parameters={"detuning_1_hz": [0.0, 4e4]}, points=4, chunk=4, source="command",
     )  # fmt: skip
-    monkeypatch.setattr(sweep, "planned", quarter)
+    monkeypatch.setattr(sweep, "planned", shorter)
     result = sweep.run(settings, tmp_path / "part.zarr", 0)
     found = stored(tmp_path / "part.zarr")
     bad = np.isnan(found.signed_area.values)
