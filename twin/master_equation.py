@@ -148,4 +148,4 @@ def unpack_density(components: Float[Array, "components ..."], levels: int) -> C
     for k, (a, b) in enumerate(combinations(range(levels), 2)):
         value = components[levels + 2 * k] + 1j * components[levels + 2 * k + 1]
         rows[a][b], rows[b][a] = value, value.conj()
-    return jnp.stack([jnp.stack(row) for row in rows])  # ty: ignore[invalid-argument-type]
+    return jnp.stack([jnp.stack(row) for row in rows])
