@@ -107,7 +107,9 @@ def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
 def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool[Array, " starts"]) -> _Walker:
     state = jax.vmap(_optimizer(stage).init)(starts)
     zero = jnp.zeros(starts.shape[0], int)
-    return _Walker(starts, state, jnp.where(active, jnp.inf, jnp.nan), zero, zero)
+    walkers = _Walker(starts, state, jnp.where(active, jnp.inf, jnp.nan), zero, zero)
+    # Weakly typed numbers become strong in the first chunk, and would have the second one compiled again.
+    return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), walkers)
 
 
 @eqx.filter_jit

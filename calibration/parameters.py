@@ -65,7 +65,9 @@ class FreeParameters(eqx.Module):
 
     def bounded(self, u: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
         """Values in the box from unbounded coordinates."""
-        return self.low + self.width * jax.nn.sigmoid(u)
+        value = self.low + self.width * jax.nn.sigmoid(u)
+        # The sum can round to just above the upper bound, where a probability would be refused.
+        return jnp.where(value > self.high, self.high, value)
 
     def unbounded(self, values: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
         """Unbounded coordinates of values strictly inside the box."""
@@ -84,7 +86,7 @@ class FreeParameters(eqx.Module):
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
     """A device with named parameters replaced; `window_cycles` is its memory's window."""
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
-    known = {f.name for f in dataclasses.fields(device)}
+    known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - {"memory", "method"}
     for name in fields:
         if name not in known:
             raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")

@@ -127,15 +127,17 @@ def sentences(free: FreeParameters, found: dict[str, Estimate], cov: np.ndarray)
             notes.append(text.format(_listed(names)))
     width = np.asarray(free.width)
     values, vectors = np.linalg.eigh(cov / np.outer(width, width))
-    for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
+    # Beside a direction without information, a small variance can round to below zero.
+    spans = 2 * _Z95 * np.sqrt(np.maximum(values, 0.0))
+    for span, vector in zip(spans[::-1], vectors.T[::-1], strict=True):
         members = [int(k) for k in np.argsort(-np.abs(vector)) if abs(vector[k]) > 0.3]
-        if 2 * _Z95 * np.sqrt(value) < 0.25 or len(members) < 2:
+        if span < 0.25 or len(members) < 2:
             continue
         names = [f"`{free.names[k]}`" for k in members]
         notes.append(
             f"These data cannot tell {_listed(names)} apart: along the combination "
             f"{_combination(free, members, vector)} the 95 % interval spans "
-            f"{2 * _Z95 * np.sqrt(value):.2g} of the prior box; fix one of them, or add data that separate them."
+            f"{span:.2g} of the prior box; fix one of them, or add data that separate them."
         )
     matrix = correlation(cov)
     for i in range(len(free.names)):
