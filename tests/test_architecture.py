@@ -99,3 +99,9 @@ def test_modules_are_small():
     for package in PACKAGES:
         for path in FILES[package]:
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+
+
+def test_no_file_is_large():
+    places = [ROOT / name for name in (*PACKAGES, "tests", "docs") if (ROOT / name).exists()]
+    files = [p for place in places for p in place.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {p.name: p.stat().st_size for p in files if p.stat().st_size > 2**20} == {}

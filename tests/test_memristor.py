@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from twin.dynamics import Adaptive, StaticGrid
 from twin.hysteresis import form_factor, perimeter, signed_area
@@ -63,10 +65,10 @@ def richardson(value, *, ks=(60, 120, 240, 480)):
     return table[0]
 
 
-@pytest.mark.parametrize(("share", "area"), [(0.25, 0.25), (0.5, 0.25), (0.75, 1 / 12), (1.0, 0.0)])
+@pytest.mark.parametrize(("share", "area"), [(0.25, 0.25), (0.5, 0.25), (0.75, 1 / 12), (1.0, 0.0), (2.5, 1 / 20)])
 def test_continuum_loop_area(share, area):
     def discrete(k):
-        x, y, _ = last_period(ideal(share * k), cycles_per_period=k)
+        x, y, _ = last_period(ideal(share * k), cycles_per_period=k, periods=4)
         return float(signed_area(x, y))
 
     assert richardson(discrete) == pytest.approx(area, abs=1e-6)
@@ -230,10 +232,8 @@ def test_thermal_loop_is_a_joint_average():
     x, transfer, zero = jnp.array([0.9]), jnp.array([0.8]), jnp.zeros(1)
     y = device.respond(x, transfer, zero, zero, alone=False).populations[1]
     n = np.arange(2000)
-    from scipy.special import eval_laguerre
-
     weight = 1 / 10.8 * (9.8 / 10.8) ** n
-    factor = np.exp(-(0.0784**2) / 2) * eval_laguerre(n, 0.0784**2)
+    factor = np.exp(-(0.0784**2) / 2) * scipy.special.eval_laguerre(n, 0.0784**2)
     theta_1, theta_2 = (float(t[0]) for t in device.areas(x, transfer))
     x_n, r_n = np.sin(factor * theta_1 / 2) ** 2, np.sin(factor * theta_2 / 2) ** 2
     assert float(y[0]) == pytest.approx(np.sum(weight * x_n * (1 - r_n)), abs=1e-8)
@@ -315,4 +315,50 @@ def test_reference_method_agrees():
     grid = IonMemristor(memory=MovingAverage(1.0), detuning_1_hz=3e3, laser_linewidth_hz=500.0, separation_s=60e-6)
     loop, reference = run(grid, x), run(dataclasses.replace(grid, method=Adaptive()), x)
     np.testing.assert_allclose(loop.y, reference.y, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(loop.coherence, reference.coherence, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(loop.purity, reference.purity, rtol=0, atol=1e-7)
+    assert np.all(loop.purity < 1 - 2 * loop.r * (1 - loop.r) * loop.x**2 - 1e-3)  # a broad line costs purity
     assert reference.method == "adaptive"
+
+
+def test_loss_thins_the_photonic_output():
+    """y = (1 - loss)(1 - R) x, coherence 2 sqrt((1 - loss)(1 - R) x (1 - x)); the input run sees no loss."""
+    x, r = jnp.array([0.0, 0.3, 0.8, 1.0]), jnp.array([0.5, 0.2, 0.7, 0.0])
+    loop = run(PhotonicMemristor(memory=MovingAverage(2.0), loss=0.1), x, r)
+    np.testing.assert_array_equal(loop.x, x)
+    np.testing.assert_allclose(loop.y, 0.9 * (1 - r) * x, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(loop.coherence, 2 * np.sqrt(0.9 * (1 - r) * x * (1 - x)), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(jnp.sum(loop.populations_2, axis=0), 1.0, rtol=0, atol=1e-15)
+
+
+def test_heating_weakens_pulse_2_more():
+    """Each pulse sees the phonons that there are at its centre: the same as a warmer ion for that pulse."""
+    x, r, zero = jnp.array([0.9]), jnp.array([0.8]), jnp.zeros(1)
+    hot = {"n_bar": 2.0, "eta_1": 0.08, "phonon_nodes": 8, "lead_s": 0.0}
+    heated = ideal(1.0, eta_2=0.08, heating_rate_per_s=2e4, **hot)
+    y = heated.respond(x, r, zero, zero, alone=False).populations[1]
+    cold = ideal(1.0, eta_2=0.08, **hot)
+    np.testing.assert_allclose(
+        heated.respond(x, zero, zero, zero, alone=True).populations,
+        cold.respond(x, zero, zero, zero, alone=True).populations,
+        rtol=0,
+        atol=1e-14,
+    )
+    n = np.arange(400)
+    weight, gained = 1 / 3 * (2 / 3) ** n, 2e4 * 120e-6
+    factor = lambda number: np.exp(-(0.08**2) / 2) * scipy.special.hyp1f1(-number, 1.0, 0.08**2)  # Laguerre, real n
+    theta_1, theta_2 = (float(t[0]) for t in heated.areas(x, r))
+    terms = np.sin(factor(n) * theta_1 / 2) ** 2 * np.cos(factor(n + gained) * theta_2 / 2) ** 2
+    assert float(y[0]) == pytest.approx(np.sum(weight * terms), abs=1e-8)
+
+
+def test_batches_of_devices():
+    """Trailing axes of the parameters, and `filter_vmap` over devices, give each device's own loop."""
+    x = sine_input(periods=1, cycles_per_period=8)
+    scales, windows = jnp.array([0.9, 1.0, 1.1]), jnp.array([1.0, 2.5, 4.0])
+    own = [run(ideal(w, rabi_scale_1=s, source="model"), x) for s, w in zip(scales, windows, strict=True)]
+    trailing = run(ideal(windows, rabi_scale_1=scales, source="model"), jnp.broadcast_to(x[:, None], (x.size, 3)))
+    mapped = eqx.filter_vmap(lambda w, s: run(ideal(w, rabi_scale_1=s, source="model"), x))(windows, scales)
+    for k, loop in enumerate(own):
+        np.testing.assert_allclose(trailing.y[:, k], loop.y, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(mapped.y[k], loop.y, rtol=0, atol=1e-14)
