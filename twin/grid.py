@@ -7,8 +7,8 @@ support and at each breakpoint; between the knots, steps are spread in proportio
     density = a max(1 / timescale) + b sum(peak Rabi frequency) + c (spread of energies) + d (sum of jump rates)
 
 (1/s), the first two over the pulses present. Its integral is the lane's action S; with n steps each advances the state
-by an action q = S / n, and the error grows as q^8. `ACTION_PER_STEP` was measured: tests/test_dynamics.py holds it over
-random devices.
+by an action q = S / n, and the error grows as q to the order of the method. Each method has its own weights and the
+action that a step may take (`StepRule`), both measured: the tests hold them over random devices.
 """
 
 import math
@@ -26,11 +26,28 @@ from jaxtyping import Array, Float, Int
 from twin.levels import LevelSystem
 from twin.pulses import AbstractPulse, Drive
 
-# Weights of the action density, see above.
-_TIME_WEIGHT, _RABI_WEIGHT, _ENERGY_WEIGHT, _RATE_WEIGHT = 0.5, 1.2, 1.8, 0.7
-# The action a step may take for a population error of 1e-8; others follow from the order of the method.
-ACTION_PER_STEP = 0.85
-ORDER = 8
+
+class StepRule(NamedTuple):
+    """How long a method's step may be: weights of the action density, and the action a step takes for an error."""
+
+    timescale: float
+    rabi: float
+    energy: float
+    rate: float
+    order: int
+    action: float
+    error: float
+
+    def allowed_action(self, error):
+        """Action a step may take for a population error."""
+        return self.action * (error / self.error) ** (1 / self.order)
+
+    def error_of(self, action):
+        """Population error expected of steps with this action."""
+        return self.error * (action / self.action) ** self.order
+
+
+DOPRI8 = StepRule(timescale=0.5, rabi=1.2, energy=1.8, rate=0.7, order=8, action=0.85, error=1e-8)
 # With fewer steps than this on the core of a pulse the solution has not seen it.
 MIN_COVERAGE = 1
 
@@ -109,6 +126,7 @@ def lay(
     share: Float[Array, ""] | float,
     shape: tuple[int, ...],
     save_s: Float[Array, "saves ..."] | None = None,
+    rule: StepRule = DOPRI8,
 ) -> Plan:
     """Lays a grid in each lane. Derivatives flow through the knots; the allotment of steps has none.
 
@@ -118,7 +136,7 @@ def lay(
     knot = knots(pulses, window_s, shape, save_s)
     segments = knot.shape[0] - 1
     left, right = lax.stop_gradient(knot[:-1]), lax.stop_gradient(knot[1:])
-    actions = (right - left) * _density(system, pulses, 0.5 * (left + right))
+    actions = (right - left) * density(system, pulses, 0.5 * (left + right), rule)
     cumulative = jnp.cumsum(actions, axis=0)
     # Every segment has one step; the others go where the action is. Floors of a cumulative sum always add up.
     walked = segments + jnp.ceil((steps - segments) * share).astype(int)
@@ -133,7 +151,10 @@ def lay(
     return Plan(grid, walked, t_s, per_step, coverage(pulses, t_s))
 
 
-def _density(system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "..."]) -> Float[Array, "..."]:
+def density(
+    system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "..."], rule: StepRule
+) -> Float[Array, "..."]:
+    """Action density at `t_s`, 1/s: see above."""
     energies = system.energies_rad_s
     spread = jnp.max(energies, axis=0) - jnp.min(energies, axis=0)
     fastest, rabi = jnp.zeros(t_s.shape), jnp.zeros(t_s.shape)
@@ -142,8 +163,8 @@ def _density(system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[
         present = (t_s > low) & (t_s < high)
         fastest = jnp.maximum(fastest, jnp.where(present, 1 / pulse.timescale_s, 0.0))
         rabi = rabi + jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
-    slow = _ENERGY_WEIGHT * spread + _RATE_WEIGHT * _rates(system, ())
-    return lax.stop_gradient(_TIME_WEIGHT * fastest + _RABI_WEIGHT * rabi + slow)
+    slow = rule.energy * spread + rule.rate * _rates(system, ())
+    return lax.stop_gradient(rule.timescale * fastest + rule.rabi * rabi + slow)
 
 
 def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."]) -> Int[Array, "pulses ..."]:
@@ -159,12 +180,7 @@ def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."])
 
 def coarser_share(error, finest: float) -> Float[Array, ""]:
     """Share of the steps laid for the error `finest` that a larger `error` needs."""
-    return jnp.minimum(1.0, (finest / error) ** (1 / ORDER))
-
-
-def allowed_action(error):
-    """Action a step may take for a population error, from the measured constant and the order of the method."""
-    return ACTION_PER_STEP * (error / 1e-8) ** (1 / ORDER)
+    return jnp.minimum(1.0, (finest / error) ** (1 / DOPRI8.order))
 
 
 def plan_steps(
@@ -173,20 +189,21 @@ def plan_steps(
     window_s: tuple[Float[Array, "..."], Float[Array, "..."]],
     error: float,
     shape: tuple[int, ...],
+    rule: StepRule = DOPRI8,
 ) -> int:
     """Steps that the hungriest lane needs, rounded up to a multiple of four; every value must be known now."""
-    total, points = _total_action(system, pulses, window_s, shape)
+    total, points = _total_action(system, pulses, window_s, shape, rule)
     total = np.asarray(total, float).ravel()
     largest = max((float(s) for s in total if math.isfinite(s)), default=0.0)
     # One step a segment is given away before the others are shared out.
-    return 4 * math.ceil((largest / allowed_action(error) + points) / 4)
+    return 4 * math.ceil((largest / rule.allowed_action(error) + points) / 4)
 
 
 @eqx.filter_jit
-def _total_action(system, pulses, window_s, shape: tuple[int, ...]):
+def _total_action(system, pulses, window_s, shape: tuple[int, ...], rule: StepRule):
     """Action of each lane, and the number of its knots; one program compiles faster than a dozen small ones."""
     knot = knots(pulses, window_s, shape)
-    actions = jnp.diff(knot, axis=0) * _density(system, pulses, 0.5 * (knot[:-1] + knot[1:]))
+    actions = jnp.diff(knot, axis=0) * density(system, pulses, 0.5 * (knot[:-1] + knot[1:]), rule)
     return jnp.sum(actions, axis=0), knot.shape[0]
 
 
@@ -207,7 +224,7 @@ class GridDopri8(diffrax.AbstractSolver):
 
     def order(self, terms):
         del terms
-        return ORDER
+        return DOPRI8.order
 
     def init(self, terms, t0, t1, y0, args):
         del terms, t0, t1, y0, args

@@ -6,6 +6,7 @@ first, batch axes follow; every operation is elementwise in the batch, so lanes 
 Unrolling keeps only the couplings and jumps that exist (a three-level step is some fifty multiplications).
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import jax.numpy as jnp
@@ -53,15 +54,22 @@ def _hamiltonian(system: LevelSystem, drives: list[Drive]) -> dict[tuple[int, in
     return elements
 
 
-def _dense(parts: list[_Part], like: Float[Array, "..."]) -> Float[Array, "components ..."]:
+def _filled(parts: list[_Part], like: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     zero = jnp.zeros_like(like)
-    return jnp.stack([zero if part is None else zero + part for part in parts])
+    return [zero if part is None else zero + part for part in parts]
 
 
 def lindblad_rhs(
     system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."]
 ) -> Float[Array, "components ..."]:
     """d rho / dt in real components, 1/s."""
+    return jnp.stack(lindblad_components(system, drives, rho))
+
+
+def lindblad_components(
+    system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."] | Sequence[Float[Array, "..."]]
+) -> list[Float[Array, "..."]]:
+    """`lindblad_rhs` component by component: arrays that are never stacked are never copied."""
     n = len(system.levels)
     pairs = list(combinations(range(n), 2))
     parts: dict[tuple[int, int], _Pair] = {(j, j): (rho[j], None) for j in range(n)}
@@ -107,13 +115,20 @@ def lindblad_rhs(
             damping = _add(damping, square * d.rate_per_s if square else None)
         out.append(_add(imag, _mul(damping, parts[a, b][0]), -1.0))
         out.append(_add(_negative(real), _mul(damping, parts[a, b][1]), -1.0))
-    return _dense(out, rho[0])
+    return _filled(out, rho[0])
 
 
 def schroedinger_rhs(
     system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."]
 ) -> Float[Array, "components ..."]:
     """d c / dt in real components, 1/s: `i dc/dt = H c`."""
+    return jnp.stack(schroedinger_components(system, drives, amplitudes))
+
+
+def schroedinger_components(
+    system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."] | Sequence[Float[Array, "..."]]
+) -> list[Float[Array, "..."]]:
+    """`schroedinger_rhs` component by component."""
     n = len(system.levels)
     h = _hamiltonian(system, drives)
     reals: list[_Part] = []
@@ -128,7 +143,7 @@ def schroedinger_rhs(
                 real, imag = _add(real, term[0]), _add(imag, term[1])
         reals.append(imag)
         imags.append(_negative(real))
-    return _dense(reals + imags, amplitudes[0])
+    return _filled(reals + imags, amplitudes[0])
 
 
 def pack_density(

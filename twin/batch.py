@@ -1,0 +1,165 @@
+"""Large batches: `evolve` in blocks of lanes that fit the cache, and in shards, one or more for each core or device.
+
+XLA runs a loop over a batch on one core, and streams a large batch through memory at every step. Blocks keep the state
+of a step in the cache. Shards are calls of one compiled program that are under way at the same time: on one CPU device
+JAX runs them on as many cores as there are, so neither forced host devices nor any other XLA option is needed
+(`xla_cpu_prefer_vector_width` and fast arithmetic gained nothing either).
+"""
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from twin.batching import broadcast_batch, is_traced
+from twin.dynamics import Adaptive, Magnus, Problem, Solution, StaticGrid, pose, solve
+from twin.levels import LevelSystem
+from twin.pulses import AbstractPulse
+
+# Lanes in a block: 64 to 160 are within 10 % of each other, larger ones leave the first-level cache.
+BLOCK = 128
+# More shards than cores: a core that others keep busy then holds up less of the batch.
+_SHARDS_PER_CORE = 2
+# Lanes on which the error of single precision is measured.
+_SAMPLE = 64
+
+
+def evolve_batch(
+    system: LevelSystem,
+    pulses: tuple[AbstractPulse, ...],
+    *,
+    start: str | np.ndarray,
+    window_s: tuple,
+    save_s=None,
+    method: StaticGrid | Magnus | Adaptive | None = None,
+    reduce: Callable[[Solution], Any] | None = None,
+    block: int | None = None,
+    shards: int | None = None,
+) -> Any:
+    """`evolve` of a batch of any size, block by block; lanes never influence each other.
+
+    Main arguments:
+        system, pulses, start, window_s, save_s: as for `evolve`; something must have a batch axis.
+        method: `Magnus()` by default.
+        reduce: what to keep of the `Solution` of a block, for example its populations: arrays whose last axis is the
+            block's lanes. Only this is kept, so that memory grows with it alone. Give the same function object each
+            time: another one compiles again. None keeps all.
+
+    Other arguments:
+        block: lanes in a block; None takes `BLOCK` on CPU and a whole shard on other devices.
+        shards: parts computed at the same time; None takes two for each core of a CPU, one for each other device.
+            Inside `jit` or a derivative there is one.
+
+    Returns:
+        What `reduce` keeps, with the batch axes last. With `Magnus(precision="single")` the largest population
+        difference from double precision is measured on some lanes and printed.
+
+    Raises:
+        ValueError: as `evolve`, and without a batch axis.
+    """
+    method = Magnus() if method is None else method
+    problem, shape, method = pose(system, pulses, start=start, window_s=window_s, save_s=save_s, method=method)
+    lanes = math.prod(shape)
+    if shape == () or lanes == 0:
+        raise ValueError(f"`evolve_batch` needs lanes, but the batch shape is {shape}; use `evolve` for one solution.")
+    for name, value in (("block", block), ("shards", shards)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}; None chooses it.")
+    devices = jax.local_devices()
+    on_cpu = devices[0].platform == "cpu"
+    if is_traced(problem, method):
+        shards = 1
+    elif shards is None:
+        shards = max(len(devices), _SHARDS_PER_CORE * multiprocessing.cpu_count()) if on_cpu else len(devices)
+    block = min(lanes, block or (BLOCK if on_cpu else math.ceil(lanes / shards)))
+    shards = min(shards, math.ceil(lanes / block))
+    parts = []
+    for k, part in enumerate(_cut(problem, shape, block, shards)):
+        # Nothing waits here: the next shard starts while this one runs.
+        placed = part if shards == 1 or len(devices) == 1 else jax.device_put(part, devices[k % len(devices)])
+        parts.append(_run(placed, method, save_s is None, reduce))
+    if shards > 1 and len(devices) > 1:
+        parts = [jax.device_put(part, devices[0]) for part in parts]
+    if isinstance(method, Magnus) and method.precision == "single" and not is_traced(problem, method):
+        print(_single_precision(problem, shape, method, save_s is None))
+    return _join(parts, shape)
+
+
+class _Shard(eqx.Module):
+    """Problems of the blocks of a shard: system, pulses, window and save times with blocks along the first axis.
+
+    Save times that all lanes share are kept apart: once a lane they would be larger than all other numbers together.
+    """
+
+    rows: tuple
+    state: Float[Array, "components ..."]
+    shared_save_s: Float[Array, "saves"] | None
+    pure: bool = eqx.field(static=True)
+
+
+@eqx.filter_jit
+def _cut(problem: Problem, shape: tuple[int, ...], block: int, shards: int) -> list[_Shard]:
+    """Spreads the problem over all lanes, cuts it into shards of blocks, and fills the last with its last lane."""
+    lanes = math.prod(shape)
+    blocks = math.ceil(lanes / block / shards)
+    shared = problem.save_s.reshape(-1) if math.prod(problem.save_s.shape[1:]) == 1 else None
+    save_s = None if shared is not None else broadcast_batch(problem.save_s, shape, 1)
+    rows = (*broadcast_batch((problem.system, problem.pulses, problem.window_s), shape), save_s)
+
+    def pieces(leaf):
+        lead = leaf.shape[: leaf.ndim - len(shape)]
+        flat = leaf.reshape(*lead, lanes)
+        flat = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, shards * blocks * block - lanes)], mode="edge")
+        return jnp.moveaxis(flat.reshape(*lead, shards, blocks, block), (-3, -2), (0, 1))
+
+    pieced = jax.tree.map(pieces, rows)
+    state = problem.state.reshape(-1)
+    return [_Shard(jax.tree.map(lambda a, k=k: a[k], pieced), state, shared, problem.pure) for k in range(shards)]
+
+
+@eqx.filter_jit
+def _run(shard: _Shard, method, at_end: bool, reduce) -> Any:
+    """What is kept of each block of a shard, blocks along the first axis."""
+
+    def one(rows):
+        system, pulses, window, save_s = rows
+        saves = shard.shared_save_s if save_s is None else save_s
+        problem = Problem(system, pulses, window, shard.pure, saves, shard.state)
+        solution = solve(problem, window[0].shape, method, at_end)[0]
+        return solution if reduce is None else reduce(solution)
+
+    return lax.map(one, shard.rows)
+
+
+@eqx.filter_jit
+def _join(parts: list, shape: tuple[int, ...]) -> Any:
+    """Blocks and shards side by side again, without the lanes that filled the last block."""
+
+    def side_by_side(*pieces):
+        flat = [jnp.moveaxis(p, 0, -2).reshape(*p.shape[1:-1], -1) for p in pieces]
+        whole = jnp.concatenate(flat, axis=-1) if len(flat) > 1 else flat[0]
+        return whole[..., : math.prod(shape)].reshape(*whole.shape[:-1], *shape)
+
+    return jax.tree.map(side_by_side, *parts)
+
+
+def _single_precision(problem: Problem, shape: tuple[int, ...], method: Magnus, at_end: bool) -> str:
+    """Measures single against double precision on lanes spread over the batch."""
+    lanes = math.prod(shape)
+    chosen = np.unique(np.linspace(0, lanes - 1, min(lanes, _SAMPLE)).astype(int))
+    spread = broadcast_batch(problem, shape)
+    sample = jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - len(shape)], lanes)[..., chosen], spread)
+    single, double = (
+        solve(sample, chosen.shape, dataclasses.replace(method, precision=precision), at_end)[0].populations
+        for precision in ("single", "double")
+    )
+    error = float(np.nanmax(np.abs(np.asarray(single, float) - np.asarray(double)), initial=0.0))
+    return f"single precision: largest population difference {error:.1e} from double, on {chosen.size} of {lanes} lanes"

@@ -1,0 +1,159 @@
+"""Commutator-free Magnus steps of fourth order on a static grid: the hot path of large batches at errors near 1e-6.
+
+    y(t + h) = exp(h (a A_2 + b A_1)) exp(h (a A_1 + b A_2)) y(t),   A_k = A(t + c_k h)
+
+with the Gauss nodes c = 1/2 -+ sqrt(3)/6 and a, b = 1/4 +- sqrt(3)/6. Each exponential is its Taylor polynomial of
+degree six acting on the state, so no matrix is ever formed. With saves, all lanes take the same number of steps between
+two saves: the saved states are then rows of the scan, and need no gathering lane by lane.
+
+The loop is a bare `lax.scan`, not Diffrax's: experiments/benchmarks measures both with this very step (`loop`).
+
+References: Blanes and Moan, Appl. Numer. Math. 56, 1519 (2006); Alvermann and Fehske, J. Comput. Phys. 230, 5930
+(2011).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from twin import grid as grids
+from twin.levels import LevelSystem
+from twin.pulses import AbstractPulse, Drive
+
+DEGREE = 6
+# Factors of a Taylor polynomial in one pass of its loop. One leaves the loop copying states as long as it multiplies;
+# all six are compiled three times as long and are slower (measured).
+_UNROLLED = 3
+# Between its pulses a constant drive costs nothing but the Taylor polynomial: the change of the drives weighs most.
+RULE = grids.StepRule(timescale=3.4, rabi=0.43, energy=0.4, rate=0.4, order=4, action=1.0, error=1e-6)
+_SQRT3_6 = math.sqrt(3) / 6
+_NODES = (0.5 - _SQRT3_6, 0.5 + _SQRT3_6)
+_NEAR, _FAR = 0.25 + _SQRT3_6, 0.25 - _SQRT3_6
+
+State = tuple[Float[Array, "..."], ...]
+
+
+class EvenPlan(NamedTuple):
+    """Steps common to all lanes: beginning and length of each, the points, and the worst action of a step."""
+
+    start_s: Float[Array, "steps ..."]
+    length_s: Float[Array, "steps ..."]
+    t_s: Float[Array, "points ..."]
+    action_per_step: Float[Array, "..."]
+
+
+@eqx.filter_jit
+def peak_density(
+    system: LevelSystem,
+    pulses: tuple[AbstractPulse, ...],
+    window_s: tuple[Float[Array, "..."], Float[Array, "..."]],
+    shape: tuple[int, ...],
+) -> Float[Array, "..."]:
+    """Largest action density of each lane anywhere in the window, 1/s."""
+    knot = grids.knots(pulses, window_s, shape)
+    return jnp.max(grids.density(system, pulses, 0.5 * (knot[:-1] + knot[1:]), RULE), axis=0)
+
+
+def plan_steps(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], error: float) -> int | tuple[int, ...]:
+    """Steps that the hungriest lane needs in each interval; one number if that costs at most a quarter more."""
+    actions = np.diff(np.asarray(edge_s), axis=0) * np.asarray(density)
+    actions = np.where(np.isfinite(actions), actions, 0.0).reshape(len(actions), -1)
+    needed = np.maximum(1, np.ceil(np.max(actions, axis=1) / RULE.allowed_action(error))).astype(int)
+    if needed.max() * needed.size <= 1.25 * needed.sum():
+        return int(needed.max())
+    # Powers of two, so that other values seldom compile again.
+    return tuple(int(2 ** math.ceil(math.log2(n))) for n in needed)
+
+
+def even_plan(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], steps: tuple[int, ...]) -> EvenPlan:
+    """Divides interval k between two edges into `steps[k]` equal steps."""
+    interval = np.repeat(np.arange(len(steps)), steps)
+    # In the precision of the times: a NumPy array would promote everything to its own.
+    column = lambda values: jnp.asarray(values, edge_s.dtype).reshape((-1,) + (1,) * (edge_s.ndim - 1))
+    part, count = column(np.concatenate([np.arange(n) / n for n in steps])), column(steps)
+    lengths = jnp.diff(edge_s, axis=0) / count
+    start_s = edge_s[interval] + part * (lengths * count)[interval]
+    t_s = lax.stop_gradient(jnp.concatenate([start_s, edge_s[-1:]]))
+    action = lax.stop_gradient(jnp.max(lengths, axis=0)) * density
+    return EvenPlan(start_s, lengths[interval], t_s, action)
+
+
+def step(
+    slopes: Callable,
+    system: LevelSystem,
+    drives: Callable[[grids.StageTime], list[Drive]],
+    y: State,
+    start_s: Float[Array, "..."],
+    length_s: Float[Array, "..."],
+) -> State:
+    """One step of the state, a tuple of components; `slopes(system, drives, y)` is the right-hand side of each."""
+    nodes = [drives(grids.StageTime(start_s + c * length_s, start_s + 0.5 * length_s)) for c in _NODES]
+    # The two exponentials share the part that does not depend on time; each takes half a step of it.
+    # Every number of a graph is an energy or a rate.
+    half = jax.tree.map(lambda number: number * (0.5 * length_s), system)
+    for near, far in ((0, 1), (1, 0)):
+        blend = [
+            _blend(length_s * _NEAR, first, length_s * _FAR, second)
+            for first, second in zip(nodes[near], nodes[far], strict=True)
+        ]
+        y = _exponential(lambda v, blend=blend: slopes(half, blend, v), y)
+    return y
+
+
+def walk(
+    advance: Callable[[State, Float[Array, "..."], Float[Array, "..."]], State],
+    start: Float[Array, "components ..."],
+    times: Callable | tuple[Float[Array, "steps ..."], Float[Array, "steps ..."]],
+    steps: int,
+    keep: tuple[int, ...] | None,
+) -> Float[Array, "saves components ..."]:
+    """All steps in a scan; `times` is a table of beginnings and lengths, or gives both for a step's number.
+
+    `keep` names the points to return (0 is the start); None keeps the last.
+    """
+
+    # Reverse mode keeps one state a step and computes the inside of the step again.
+    @jax.checkpoint
+    def one(y, row):
+        return advance(y, *(times(row) if callable(times) else row))
+
+    def body(y, row):
+        y = one(y, row)
+        return y, None if keep is None else y
+
+    first = tuple(start)
+    last, path = lax.scan(body, first, jnp.arange(steps) if callable(times) else times)
+    if keep is None:
+        return jnp.stack(last)[None]
+    rows = np.asarray(keep) - 1
+    whole = bool(np.array_equal(rows, np.arange(steps)))
+    saved = [component if whole else component[np.maximum(rows, 0)] for component in path]
+    stacked = jnp.stack(saved, axis=1)
+    at_start = np.flatnonzero(rows < 0)
+    return stacked.at[at_start].set(start) if at_start.size else stacked
+
+
+def _blend(a, one: Drive, b, other: Drive) -> Drive:
+    imag = None if one.imag is None else a * one.imag + b * other.imag
+    return Drive(a * one.real + b * other.real, imag)
+
+
+def _exponential(generator: Callable[[State], list[Float[Array, "..."]]], y: State) -> State:
+    """exp(generator) y by Horner's rule: y + G (y + G/2 (y + G/3 (...)))."""
+
+    def some_factors(i, v):
+        for k in range(_UNROLLED):
+            factor = 1.0 / (DEGREE - _UNROLLED * i - k)
+            v = tuple(a + factor.astype(a.dtype) * b for a, b in zip(y, generator(v), strict=True))
+            # Without the barrier the compiler computes each factor again for every component of the next.
+            v = lax.optimization_barrier(v) if k < _UNROLLED - 1 else v
+        return v
+
+    return lax.fori_loop(0, DEGREE // _UNROLLED, some_factors, y)
