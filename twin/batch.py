@@ -1,15 +1,16 @@
 """Large batches: `evolve` in blocks of lanes that fit the cache, and in shards, one or more for each core or device.
 
 XLA runs a loop over a batch on one core, and streams a large batch through memory at every step. Blocks keep the state
-of a step in the cache. Shards are calls of one compiled program that are under way at the same time: on one CPU device
-JAX runs them on as many cores as there are, so neither forced host devices nor any other XLA option is needed
-(`xla_cpu_prefer_vector_width` and fast arithmetic gained nothing either).
+of a step in the cache. Shards are calls of one compiled program from several threads: one CPU device then computes on
+as many cores, so that neither forced host devices nor any other XLA option is needed (`xla_cpu_prefer_vector_width` and
+fast arithmetic gained nothing either).
 """
 
 import dataclasses
 import math
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import equinox as eqx
@@ -81,16 +82,26 @@ def evolve_batch(
         shards = max(len(devices), _SHARDS_PER_CORE * multiprocessing.cpu_count()) if on_cpu else len(devices)
     block = min(lanes, block or (BLOCK if on_cpu else math.ceil(lanes / shards)))
     shards = min(shards, math.ceil(lanes / block))
-    parts = []
-    for k, part in enumerate(_cut(problem, shape, block, shards)):
-        # Nothing waits here: the next shard starts while this one runs.
-        placed = part if shards == 1 or len(devices) == 1 else jax.device_put(part, devices[k % len(devices)])
-        parts.append(_run(placed, method, save_s is None, reduce))
-    if shards > 1 and len(devices) > 1:
-        parts = [jax.device_put(part, devices[0]) for part in parts]
+    cut = _cut(problem, shape, block, shards)
+    if shards == 1:
+        parts = [_run(cut[0], method, save_s is None, reduce)]
+    else:
+        # Dispatched here, so that it is traced and compiled once and not by several threads; it runs meanwhile.
+        first = _placed(cut[0], devices, 0, method, save_s is None, reduce)
+        with ThreadPoolExecutor(max(len(devices), multiprocessing.cpu_count())) as pool:
+            call = lambda k: jax.block_until_ready(_placed(cut[k], devices, k, method, save_s is None, reduce))
+            parts = [first, *pool.map(call, range(1, shards))]
     if isinstance(method, Magnus) and method.precision == "single" and not is_traced(problem, method):
         print(_single_precision(problem, shape, method, save_s is None))
     return _join(parts, shape)
+
+
+def _placed(shard, devices, k: int, method, at_end: bool, reduce):
+    """Result of shard k, computed on its device and brought to the first one; not waited for."""
+    if len(devices) > 1:
+        shard = jax.device_put(shard, devices[k % len(devices)])
+    kept = _run(shard, method, at_end, reduce)
+    return jax.device_put(kept, devices[0]) if len(devices) > 1 else kept
 
 
 class _Shard(eqx.Module):
@@ -127,7 +138,7 @@ def _cut(problem: Problem, shape: tuple[int, ...], block: int, shards: int) -> l
 
 @eqx.filter_jit
 def _run(shard: _Shard, method, at_end: bool, reduce) -> Any:
-    """What is kept of each block of a shard, blocks along the first axis."""
+    """What is kept of a shard, its lanes last."""
 
     def one(rows):
         system, pulses, window, save_s = rows
@@ -136,16 +147,16 @@ def _run(shard: _Shard, method, at_end: bool, reduce) -> Any:
         solution = solve(problem, window[0].shape, method, at_end)[0]
         return solution if reduce is None else reduce(solution)
 
-    return lax.map(one, shard.rows)
+    side_by_side = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1)
+    return jax.tree.map(side_by_side, lax.map(one, shard.rows))
 
 
 @eqx.filter_jit
 def _join(parts: list, shape: tuple[int, ...]) -> Any:
-    """Blocks and shards side by side again, without the lanes that filled the last block."""
+    """Shards side by side, without the lanes that filled the last block."""
 
     def side_by_side(*pieces):
-        flat = [jnp.moveaxis(p, 0, -2).reshape(*p.shape[1:-1], -1) for p in pieces]
-        whole = jnp.concatenate(flat, axis=-1) if len(flat) > 1 else flat[0]
+        whole = jnp.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
         return whole[..., : math.prod(shape)].reshape(*whole.shape[:-1], *shape)
 
     return jax.tree.map(side_by_side, *parts)

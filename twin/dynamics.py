@@ -63,7 +63,7 @@ class Magnus(eqx.Module):
     """Commutator-free Magnus steps of fourth order: see `twin.magnus`. Differentiable in both modes.
 
     Args:
-        error: largest population error aimed at, between 1e-10 and 1e-5; a lane that needs shorter steps is flagged.
+        error: largest population error aimed at, between 1e-10 and 1e-6; a lane that needs shorter steps is flagged.
         steps: steps in each interval between saves (one number for all, or one each), or up to the end without saves.
             None lays them from the values at hand, which must then be known (outside `jit`).
         precision: "double", or "single": 32-bit numbers throughout, whose rounding adds some 1e-6 whatever `error` is.
@@ -74,8 +74,8 @@ class Magnus(eqx.Module):
     precision: str = eqx.field(static=True, default="double")
 
     def __check_init__(self):
-        within = "between 1e-10 and 1e-5"
-        check_values("error", self.error, lambda v: (v >= 1e-10) & (v <= 1e-5), within, "the default is 1e-6")
+        within = "between 1e-10 and 1e-6"
+        check_values("error", self.error, lambda v: (v >= 1e-10) & (v <= 1e-6), within, "the default is 1e-6")
         if self.steps is not None and np.min(self.steps) < 1:
             raise ValueError(f"`steps` must be at least 1, but is {self.steps}; None lays the number from the pulses.")
         if self.precision not in ("double", "single"):

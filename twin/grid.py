@@ -6,9 +6,10 @@ support and at each breakpoint; between the knots, steps are spread in proportio
 
     density = a max(1 / timescale) + b sum(peak Rabi frequency) + c (spread of energies) + d (sum of jump rates)
 
-(1/s), the first two over the pulses present. Its integral is the lane's action S; with n steps each advances the state
-by an action q = S / n, and the error grows as q to the order of the method. Each method has its own weights and the
-action that a step may take (`StepRule`), both measured: the tests hold them over random devices.
+(1/s), the first two over the pulses present, and at least e times the norm of their peak Rabi frequencies. Its integral
+is the lane's action S; with n steps each advances the state by an action q = S / n, and the error grows as q to the
+order of the method. Each method has its own weights and the action that a step may take (`StepRule`), all measured: the
+tests hold them over random devices.
 """
 
 import math
@@ -34,6 +35,7 @@ class StepRule(NamedTuple):
     rabi: float
     energy: float
     rate: float
+    turn: float
     order: int
     action: float
     error: float
@@ -47,7 +49,7 @@ class StepRule(NamedTuple):
         return self.error * (action / self.action) ** self.order
 
 
-DOPRI8 = StepRule(timescale=0.5, rabi=1.2, energy=1.8, rate=0.7, order=8, action=0.85, error=1e-8)
+DOPRI8 = StepRule(timescale=0.5, rabi=1.2, energy=1.8, rate=0.7, turn=0.0, order=8, action=0.85, error=1e-8)
 # With fewer steps than this on the core of a pulse the solution has not seen it.
 MIN_COVERAGE = 1
 
@@ -157,14 +159,16 @@ def density(
     """Action density at `t_s`, 1/s: see above."""
     energies = system.energies_rad_s
     spread = jnp.max(energies, axis=0) - jnp.min(energies, axis=0)
-    fastest, rabi = jnp.zeros(t_s.shape), jnp.zeros(t_s.shape)
+    fastest, rabi, square = (jnp.zeros(t_s.shape) for _ in range(3))
     for pulse in pulses:
         low, high = pulse.support_s
         present = (t_s > low) & (t_s < high)
         fastest = jnp.maximum(fastest, jnp.where(present, 1 / pulse.timescale_s, 0.0))
-        rabi = rabi + jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
+        peak = jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
+        rabi, square = rabi + peak, square + peak**2
     slow = rule.energy * spread + rule.rate * _rates(system, ())
-    return lax.stop_gradient(rule.timescale * fastest + rule.rabi * rabi + slow)
+    total = rule.timescale * fastest + rule.rabi * rabi + slow
+    return lax.stop_gradient(jnp.maximum(total, rule.turn * jnp.sqrt(square)) if rule.turn else total)
 
 
 def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."]) -> Int[Array, "pulses ..."]:

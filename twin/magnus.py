@@ -31,8 +31,9 @@ DEGREE = 6
 # Factors of a Taylor polynomial in one pass of its loop. One leaves the loop copying states as long as it multiplies;
 # all six are compiled three times as long and are slower (measured).
 _UNROLLED = 3
-# Between its pulses a constant drive costs nothing but the Taylor polynomial: the change of the drives weighs most.
-RULE = grids.StepRule(timescale=3.4, rabi=0.43, energy=0.4, rate=0.4, order=4, action=1.0, error=1e-6)
+# The change of the drives weighs most; `turn` bounds what the Taylor polynomial leaves out. tests/test_magnus.py holds
+# them over random devices.
+RULE = grids.StepRule(timescale=4.0, rabi=0.4, energy=0.75, rate=1.4, turn=1.65, order=4, action=1.0, error=1e-6)
 _SQRT3_6 = math.sqrt(3) / 6
 _NODES = (0.5 - _SQRT3_6, 0.5 + _SQRT3_6)
 _NEAR, _FAR = 0.25 + _SQRT3_6, 0.25 - _SQRT3_6
@@ -58,7 +59,14 @@ def peak_density(
 ) -> Float[Array, "..."]:
     """Largest action density of each lane anywhere in the window, 1/s."""
     knot = grids.knots(pulses, window_s, shape)
-    return jnp.max(grids.density(system, pulses, 0.5 * (knot[:-1] + knot[1:]), RULE), axis=0)
+    change = grids.density(system, pulses, 0.5 * (knot[:-1] + knot[1:]), RULE._replace(turn=0.0))
+    # The norm of the drives is largest where the core of one of them begins.
+    norms = [jnp.zeros(shape)]
+    for low_s in (pulse.core_s[0] for pulse in pulses):
+        together = [(p.core_s[0] <= low_s) & (low_s <= p.core_s[1]) for p in pulses]
+        norms.append(jnp.sqrt(sum(jnp.where(t, p.peak_rad_s, 0.0) ** 2 for t, p in zip(together, pulses, strict=True))))
+    turn = RULE.turn * jnp.max(jnp.stack([jnp.broadcast_to(norm, shape) for norm in norms]), axis=0)
+    return lax.stop_gradient(jnp.maximum(jnp.max(change, axis=0), turn))
 
 
 def plan_steps(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], error: float) -> int | tuple[int, ...]:
