@@ -341,7 +341,8 @@ def _solve_magnus(problem: Problem, shape: tuple[int, ...], method: Magnus, at_e
         problem = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, problem)
     system, pulses = problem.system, problem.pulses
     slopes = schroedinger_components if problem.pure else lindblad_components
-    advance = lambda y, start_s, length_s: magnus.step(slopes, system, problem.drives, y, start_s, length_s)
+    drives = lambda time: [pulse.drive(time.t_s, time.within_s) for pulse in pulses]
+    advance = lambda y, start_s, length_s: magnus.step(slopes, system, drives, y, start_s, length_s)
     if at_end:
         # Lanes have their own grids: nothing is read before the end, and the gaps between pulses cost little.
         steps = method.steps if isinstance(method.steps, int) else sum(method.steps)
