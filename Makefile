@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench bench-quick lint clean
 
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; name one: make PYTHON=/path/to/python3.12"; exit 2; }
@@ -26,10 +26,23 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --durations=20
 
+# The peers live in an environment of their own: what they need must not decide what the twin runs with.
+BENCH := .venv-bench
+$(BENCH)/.ready: pyproject.toml
+	"$(PYTHON)" -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python -m experiments.benchmarks
+
+bench-quick: $(BENCH)/.ready
+	$(BENCH)/bin/python -m experiments.benchmarks --quick
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) runs .pytest_cache .ruff_cache

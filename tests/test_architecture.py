@@ -77,7 +77,8 @@ def test_no_circles(package):
 def test_one_function_calls_diffeqsolve():
     calls = []
     for package in PACKAGES:
-        for path in FILES[package]:
+        # What the benchmarks compare with calls what it likes.
+        for path in (path for path in FILES[package] if path.name != "peers.py"):
             for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(function, ast.FunctionDef):
                     for node in ast.walk(function):

@@ -233,3 +233,43 @@ def magnus_steps(d: Devices, loop: Callable) -> Callable[[], jax.Array]:
 
     problem = as_twin(d)
     return lambda: batch(problem)
+
+
+def dynamiqs_tsit5(d: Devices, tolerance: float) -> Callable[[], jax.Array]:
+    """`dynamiqs` with its default method."""
+    return dynamiqs(d, tolerance, "Tsit5")
+
+
+def dynamiqs_gradient(d: Devices, tolerance: float) -> tuple[Callable[[], jax.Array], Callable[[], jax.Array]]:
+    """A loss of the final populations of all devices, and the same with its gradient by all pulse parameters."""
+    dq = importlib.import_module("dynamiqs")
+    dq.set_precision("double")
+    dq.set_progress_meter(False)
+    fixed = jax.tree.map(jnp.asarray, matrices(d))
+
+    def loss(scales):
+        # Seven numbers, as the likelihood has: they scale energies, rates and pulses.
+        numbers = fixed | {
+            "energies": fixed["energies"] * scales[:3],
+            "rates": fixed["rates"] * jnp.stack([scales[3], scales[3], scales[4]]),
+            "peak": fixed["peak"] * scales[5:],
+        }
+        h = dq.constant(jax.vmap(jnp.diag)(numbers["energies"]).astype(complex))
+        for k in range(2):
+            h = h + dq.modulated(lambda t, k=k: _envelope(numbers, t)[:, k], jnp.asarray(_DRIVES[k]))
+        result = dq.mesolve(
+            h,
+            [_jump_operators(numbers)[:, j] for j in range(len(_JUMPS))],
+            jnp.asarray(_ket_bra(0, 0)),
+            jnp.asarray(_WINDOW),
+            exp_ops=[jnp.asarray(_ket_bra(1, 1))],
+            method=dq.method.Tsit5(rtol=tolerance, atol=tolerance),
+            gradient=dq.gradient.BackwardCheckpointed(),
+            save_states=False,
+            cartesian_batching=False,
+            vectorized=True,
+        )
+        return jnp.sum(result.expects.real[..., -1] ** 2)
+
+    value, both, at = jax.jit(loss), jax.jit(jax.value_and_grad(loss)), jnp.ones(7)
+    return lambda: value(at), lambda: both(at)
