@@ -342,22 +342,22 @@ def _solve_magnus(problem: Problem, shape: tuple[int, ...], method: Magnus, at_e
     system, pulses = problem.system, problem.pulses
     slopes = schroedinger_components if problem.pure else lindblad_components
     drives = lambda time: [pulse.drive(time.t_s, time.within_s) for pulse in pulses]
-    advance = lambda y, start_s, length_s: magnus.step(slopes, system, drives, y, start_s, length_s)
+    step = lambda y, start_s, length_s: magnus.step(slopes, system, drives, y, start_s, length_s)
+    per_interval = np.atleast_1d(np.asarray(method.steps, int))
     if at_end:
         # Lanes have their own grids: nothing is read before the end, and the gaps between pulses cost little.
-        steps = method.steps if isinstance(method.steps, int) else sum(method.steps)
+        steps = int(per_interval.sum())
         plan = grids.lay(double.system, double.pulses, double.window_s, steps, 1.0, shape, rule=magnus.RULE)
-        knots = plan.grid.knot_s.astype(problem.save_s.dtype)
-        own = grids.Grid(knots, plan.grid.knot_index)
-        times = lambda i: tuple(t.astype(knots.dtype) for t in (own.point(i), own.step_length(i)))
-        state = magnus.walk(advance, problem.state, times, steps, None)
+        grid = grids.Grid(plan.grid.knot_s.astype(problem.save_s.dtype), plan.grid.knot_index)
+        times = lambda i: (t.astype(problem.save_s.dtype) for t in (grid.point(i), grid.step_length(i)))
+        state = magnus.walk(lambda y, i: step(y, *times(i)), problem.state, jnp.arange(steps), None)
     else:
         edges = _edges(problem)
-        counts = (method.steps,) * (len(edges) - 1) if isinstance(method.steps, int) else method.steps
+        counts = np.broadcast_to(per_interval, len(edges) - 1)
         density = magnus.peak_density(double.system, double.pulses, double.window_s, shape)
         plan = magnus.even_plan(density, edges, counts)
-        keep = tuple(int(n) for n in np.cumsum(counts))
-        state = magnus.walk(advance, problem.state, (plan.start_s, plan.length_s), sum(counts), keep)
+        rows = (plan.start_s, plan.length_s)
+        state = magnus.walk(lambda y, row: step(y, *row), problem.state, rows, np.cumsum(counts) - 1)
     fine = plan.action_per_step <= magnus.RULE.allowed_action(method.error) * (1 + 1e-9)
     return double.save_s, state, grids.coverage(pulses, plan.t_s), fine, magnus.RULE.error_of(plan.action_per_step)
 

@@ -14,7 +14,7 @@ References: Blanes and Moan, Appl. Numer. Math. 56, 1519 (2006); Alvermann and F
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,7 +31,7 @@ DEGREE = 6
 # Factors of a Taylor polynomial in one pass of its loop. One leaves the loop copying states as long as it multiplies;
 # all six are compiled three times as long and are slower (measured).
 _UNROLLED = 3
-# The change of the drives weighs most; `turn` bounds what the Taylor polynomial leaves out. tests/test_magnus.py holds
+# The change of the drives weighs most; `turn` bounds what the Taylor polynomial leaves out. tests/test_batch.py holds
 # them over random devices.
 RULE = grids.StepRule(timescale=4.0, rabi=0.4, energy=0.75, rate=1.4, turn=1.65, order=4, action=1.0, error=1e-6)
 _SQRT3_6 = math.sqrt(3) / 6
@@ -80,7 +80,7 @@ def plan_steps(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], 
     return tuple(int(2 ** math.ceil(math.log2(n))) for n in needed)
 
 
-def even_plan(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], steps: tuple[int, ...]) -> EvenPlan:
+def even_plan(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], steps: np.ndarray) -> EvenPlan:
     """Divides interval k between two edges into `steps[k]` equal steps."""
     interval = np.repeat(np.arange(len(steps)), steps)
     # In the precision of the times: a NumPy array would promote everything to its own.
@@ -116,36 +116,26 @@ def step(
 
 
 def walk(
-    advance: Callable[[State, Float[Array, "..."], Float[Array, "..."]], State],
+    advance: Callable[[State, Any], State],
     start: Float[Array, "components ..."],
-    times: Callable | tuple[Float[Array, "steps ..."], Float[Array, "steps ..."]],
-    steps: int,
-    keep: tuple[int, ...] | None,
+    rows: Any,
+    keep: np.ndarray | None,
 ) -> Float[Array, "saves components ..."]:
-    """All steps in a scan; `times` is a table of beginnings and lengths, or gives both for a step's number.
+    """All steps in a scan, `advance(state, row)` for each row; `keep` names the rows after which to save, None the last.
 
-    `keep` names the points to return (0 is the start); None keeps the last.
+    Reverse mode keeps one state a step and computes the inside of the step again.
     """
-
-    # Reverse mode keeps one state a step and computes the inside of the step again.
-    @jax.checkpoint
-    def one(y, row):
-        return advance(y, *(times(row) if callable(times) else row))
+    one = jax.checkpoint(advance)
 
     def body(y, row):
         y = one(y, row)
         return y, None if keep is None else y
 
-    first = tuple(start)
-    last, path = lax.scan(body, first, jnp.arange(steps) if callable(times) else times)
+    last, path = lax.scan(body, tuple(start), rows)
     if keep is None:
         return jnp.stack(last)[None]
-    rows = np.asarray(keep) - 1
-    whole = bool(np.array_equal(rows, np.arange(steps)))
-    saved = [component if whole else component[np.maximum(rows, 0)] for component in path]
-    stacked = jnp.stack(saved, axis=1)
-    at_start = np.flatnonzero(rows < 0)
-    return stacked.at[at_start].set(start) if at_start.size else stacked
+    every = np.array_equal(keep, np.arange(len(path[0])))
+    return jnp.stack([component if every else component[keep] for component in path], axis=1)
 
 
 def _blend(a, one: Drive, b, other: Drive) -> Drive:

@@ -197,9 +197,8 @@ class _MagnusSolver(diffrax.AbstractSolver):
 
 def bare_scan(advance, edges, start):
     """Populations after each step from `lax.scan`, as `twin.magnus.walk` does it."""
-    steps = len(edges) - 1
-    lengths = jnp.diff(edges)
-    return magnus.walk(advance, start, (edges[:-1], lengths), steps, tuple(range(1, steps + 1)))[:, :3]
+    rows = (edges[:-1], jnp.diff(edges))
+    return magnus.walk(lambda y, row: advance(y, *row), start, rows, np.arange(len(edges) - 1))[:, :3]
 
 
 def diffrax_loop(advance, edges, start):

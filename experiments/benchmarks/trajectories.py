@@ -49,15 +49,14 @@ def batch(quick: bool) -> list[Result]:
     def add(name, call, count, error, note=""):
         calls[name], counts[name], errors[name], notes[name] = call, count, error, note
 
-    ours = [
+    ours: list[tuple] = [
         ("twin, Magnus", Magnus(_ERROR), lanes, {}),
         ("twin, Magnus, one core", Magnus(_ERROR), lanes, {"shards": 1}),
+        ("twin, Magnus, single precision", Magnus(_ERROR, precision="single"), lanes, {}),
+        ("twin, StaticGrid (Diffrax's loop)", StaticGrid(_ERROR), _SAMPLE, {}),
     ]
-    if not quick:
-        ours += [
-            ("twin, Magnus, single precision", Magnus(_ERROR, precision="single"), lanes, {}),
-            ("twin, StaticGrid (Diffrax's loop)", StaticGrid(_ERROR), _SAMPLE, {}),
-        ]
+    if quick:
+        ours = ours[:2]
     for name, method, count, options in ours:
         call = _twin(d.first(count), method, **options)
         got = np.moveaxis(np.asarray(call())[..., :_SAMPLE], -1, 0)
