@@ -121,7 +121,7 @@ def walk(
     rows: Any,
     keep: np.ndarray | None,
 ) -> Float[Array, "saves components ..."]:
-    """All steps in a scan, `advance(state, row)` for each row; `keep` names the rows after which to save, None the last.
+    """All steps in a scan, `advance(state, row)` for each; `keep` names the rows after which to save, None the last.
 
     Reverse mode keeps one state a step and computes the inside of the step again.
     """
