@@ -21,9 +21,8 @@ from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, log_likelihood, log_likelihood_of, pearson_chi2, predict
 from calibration.parameters import FreeParameters, anchored
 from calibration.uncertainty import Estimate
-from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor
-from twin.memristor import Automatic, IonMemristor, coarsened, planned
+from twin.memristor import Automatic, IonMemristor, Lindblad, coarsened, planned
 
 _SEARCH_ERROR = 1e-6
 # Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
@@ -170,11 +169,12 @@ def fit(
 
 def _ready(device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters) -> AbstractMemristor:
     if isinstance(device, IonMemristor) and isinstance(device.method, Automatic):
-        device = dataclasses.replace(device, method=StaticGrid(error=device.method.error))
+        device = dataclasses.replace(device, method=Lindblad(device.method.error))
     device = anchored(device)
     # Checks the names, and that the middle of the box is a device.
     parameters.apply(device, 0.5 * (parameters.low + parameters.high))
-    return planned(device, parameters.boxes, detuning_set_hz=experiment.largest_detuning_hz)
+    largest, cycles = experiment.settings.largest_hz, experiment.cycles_of_setting
+    return planned(device, parameters.boxes, detuning_set_hz=largest, cycles=cycles)
 
 
 def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
@@ -256,8 +256,7 @@ def _conclude(
     calibrated = parameters.apply(device, jnp.asarray(optimum))
     prediction, value, chi2 = _evaluate(calibrated, experiment, own_window)
     information = np.asarray(uncertainty.fisher_information(device, experiment, parameters, jnp.asarray(optimum)))
-    edge = uncertainty.at_edge(optimum, np.asarray(parameters.low), np.asarray(parameters.high))
-    cov = uncertainty.covariance(information, np.asarray(parameters.width), edge)
+    cov = uncertainty.covariance(information, np.asarray(parameters.width))
     found = uncertainty.estimates(parameters, optimum, cov)
     notes = uncertainty.sentences(parameters, found, cov)
     if own_window and table.r_set is not None:

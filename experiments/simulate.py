@@ -70,7 +70,8 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
     settings = config.simulate.loops
     largest = max(max(abs(s.detuning_1_set_hz), abs(s.detuning_2_set_hz)) for s in settings)
     # One grid for the offsets of all loops, so that loops of one length are one program.
-    device = planned(device_from(config), {}, detuning_set_hz=largest)
+    cycles = min(one.periods * one.cycles_per_period + 1 for one in settings)
+    device = planned(device_from(config), {}, detuning_set_hz=largest, cycles=cycles)
     devices, loops, metrics = [], [], {}
     for k, one in enumerate(settings):
         out.log(f"loop {k + 1} of {len(settings)}, {one.label!r}: {one.periods * one.cycles_per_period + 1} cycles")

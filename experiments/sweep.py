@@ -34,7 +34,7 @@ from twin import hysteresis
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, sine_input
 from twin.loop import run as run_loop
-from twin.memristor import Automatic, ClosedForm, IonMemristor, planned
+from twin.memristor import AreaSeries, Automatic, ClosedForm, IonMemristor, Lindblad, planned
 
 PENDING, OK, INVALID = 0, 1, 2
 METRICS = {
@@ -133,11 +133,12 @@ def _device(config: Config, points: dict[str, np.ndarray]) -> AbstractMemristor:
         return device
     if isinstance(device.method, Automatic):
         error = device.method.error
-        resolved = ClosedForm() if _largest_error(device, config.sweep, points) <= error else StaticGrid(error)
+        resolved = ClosedForm() if _largest_error(device, config.sweep, points) <= error else Lindblad(error)
         device = dataclasses.replace(device, method=resolved)
     box = {name: (float(values.min()), float(values.max())) for name, values in points.items()}
     offset = max(abs(loop.detuning_1_set_hz), abs(loop.detuning_2_set_hz))
-    return planned(device, box, detuning_set_hz=offset)
+    cycles = loop.periods * loop.cycles_per_period + 1
+    return planned(device, box, detuning_set_hz=offset, cycles=cycles)
 
 
 def _largest_error(device: IonMemristor, sweep: Sweep, points: dict[str, np.ndarray]) -> float:
@@ -167,8 +168,8 @@ def _notes(config: Config, points: dict[str, np.ndarray]) -> list[str]:
 
 
 def _method(device: AbstractMemristor) -> str:
-    integrated = isinstance(device, IonMemristor) and isinstance(device.method, StaticGrid)
-    return "static grid" if integrated else "closed form"
+    names = {StaticGrid: "static grid", AreaSeries: "area series"}
+    return names.get(type(getattr(device, "method", None)), "closed form")
 
 
 @eqx.filter_jit

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from twin import grid as grids
 from twin.batching import batch_shape, broadcast_batch, check_values, is_traced, physical, real_array
 from twin.levels import LevelSystem
-from twin.master_equation import lindblad_rhs, pack_density, schroedinger_rhs
+from twin.master_equation import lindblad_rhs, pack_density, schroedinger_rhs, turned_back, turning
 from twin.pulses import AbstractPulse, Drive
 
 
@@ -96,8 +96,9 @@ class _Problem(eqx.Module):
     state: Float[Array, "components ..."] = physical(1)
 
     def drives(self, time: grids.StageTime) -> list[Drive]:
-        """Each pulse's drive; a leading axis of stages may come before the batch."""
-        return [pulse.drive(time.t_s, time.within_s) for pulse in self.pulses]
+        """Each pulse's drive, turning; a leading axis of stages may come before the batch."""
+        drives = [pulse.drive(time.t_s, time.within_s) for pulse in self.pulses]
+        return turning(self.system, drives, time.t_s - self.window_s[0])
 
     @property
     def rhs(self):
@@ -119,7 +120,7 @@ def evolve(
     Main arguments:
         system: the graph; `couplings[k]` is driven by `pulses[k]`. Fewer pulses leave the last couplings undriven.
         pulses: the waveforms. Numbers in `system`, `pulses` and `window_s` may have trailing batch axes.
-        start: a level's name, a ket of shape (levels,), or a density matrix of shape (levels, levels).
+        start: a level's name, a ket of shape (levels,), or a Hermitian matrix of shape (levels, levels, *batch).
         window_s: beginning and end of the evolution, s.
 
     Other arguments:
@@ -159,7 +160,8 @@ def evolve(
             raise ValueError(f"`save_s` must lie inside the window {window_s}, but is {save_s}; times are in seconds.")
     pure = system.closed and (isinstance(start, str) or np.ndim(start) == 1)
     state = _initial_state(system, start, pure)
-    state = jnp.broadcast_to(state.reshape((-1,) + (1,) * len(shape)), (state.shape[0], *shape))
+    missing = (1,) * (1 + len(shape) - state.ndim)
+    state = jnp.broadcast_to(state.reshape(state.shape[:1] + missing + state.shape[1:]), (state.shape[0], *shape))
     problem = _Problem(system, tuple(pulses), window, pure, saves, state)
     if isinstance(method, StaticGrid) and method.steps is None:
         if is_traced(problem, method):
@@ -180,14 +182,16 @@ def evolve(
 @eqx.filter_jit
 def _solve(problem: _Problem, shape: tuple[int, ...], method: StaticGrid | Adaptive, at_end: bool):
     """(solution, seen, success): everything behind the checks as one program, compiled once for all values."""
-    system, pulses = problem.system, problem.pulses
     # One number a lane from here on: a number shared by lanes would be summed over them at every stage of a gradient.
     problem = broadcast_batch(problem, shape)
+    system, pulses = problem.system, problem.pulses
     if isinstance(method, Adaptive):
         t_s, state, coverage, success = _solve_lanes(problem, method, len(shape))
         bound = jnp.full(shape, jnp.nan)
     else:
         t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=at_end)
+    back = lambda components, time_s: turned_back(system, components, time_s - problem.window_s[0], pure=problem.pure)
+    state = jax.vmap(back)(state, t_s)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
     silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
     seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent, bool).reshape(coverage.shape), axis=0)
@@ -226,14 +230,14 @@ def _sensible(problem: _Problem, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     return jnp.broadcast_to(good, shape)
 
 
-def _initial_state(system: LevelSystem, start, pure: bool) -> Float[Array, "components"]:
+def _initial_state(system: LevelSystem, start, pure: bool) -> Float[Array, "components ..."]:
     n = len(system.levels)
     if isinstance(start, str):
         if start not in system.levels:
             raise ValueError(f"`start` must be one of the levels {system.levels}, but is {start!r}.")
         start = np.eye(n)[system.index(start)]
     start = np.asarray(start)
-    if start.shape not in ((n,), (n, n)):
+    if start.shape != (n,) and start.shape[:2] != (n, n):
         raise ValueError(f"`start` must be a ket ({n},) or a density matrix ({n}, {n}), but has shape {start.shape}.")
     if pure:
         return jnp.asarray(np.concatenate([start.real, start.imag]))

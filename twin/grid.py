@@ -2,13 +2,15 @@
 
 The number of steps is static, so one compiled program serves every value; the *times* are traced, one grid a lane, so
 that no lane ever influences another. A lane's grid has a knot at each end of the window, at the edges of each pulse's
-support and at each breakpoint; between the knots, steps are spread in proportion to an action density
+support and core, half way between these, and at each breakpoint; between the knots, steps are spread in proportion to
+an action density
 
-    density = a max(1 / timescale) + b sum(peak Rabi frequency) + c (spread of energies) + d (sum of jump rates)
+    density = max_k w_k (a / timescale_k + c |detuning_k|) + b sum_k Omega_k + d (sum of jump rates)       (1/s)
 
-(1/s), the first two over the pulses present. Its integral is the lane's action S; with n steps each advances the state
-by an action q = S / n, and the error grows as q^8. `ACTION_PER_STEP` was measured: tests/test_dynamics.py holds it over
-random devices.
+over the pulses present, with Omega_k the largest Rabi frequency between the two knots. In the interaction picture an
+error of a step, in a wing where little happens, is small with Omega_k: w_k = (Omega_k / peak_k)^(1/8). The integral of
+the density is the lane's action S; with n steps each advances the state by an action q = S / n, and the error grows as
+q^8. `ACTION_PER_STEP` was measured: tests/test_dynamics.py holds it over random devices.
 """
 
 import math
@@ -27,9 +29,9 @@ from twin.levels import LevelSystem
 from twin.pulses import AbstractPulse, Drive
 
 # Weights of the action density, see above.
-_TIME_WEIGHT, _RABI_WEIGHT, _ENERGY_WEIGHT, _RATE_WEIGHT = 0.5, 1.2, 1.8, 0.7
+_TIME_WEIGHT, _RABI_WEIGHT, _ENERGY_WEIGHT, _RATE_WEIGHT = 0.7, 0.9, 0.9, 0.7
 # The action a step may take for a population error of 1e-8; others follow from the order of the method.
-ACTION_PER_STEP = 0.85
+ACTION_PER_STEP = 0.66
 ORDER = 8
 # With fewer steps than this on the core of a pulse the solution has not seen it.
 MIN_COVERAGE = 1
@@ -94,11 +96,17 @@ def knots(
     """Sorted times where a grid must have a point, s; those outside the window collapse onto its ends."""
     start, stop = (jnp.broadcast_to(t, shape) for t in window_s)
     # Where a smooth pulse begins to matter is a choice of ours: the solution has no derivative with respect to it.
-    inner = [lax.stop_gradient(t) for p in pulses for t in p.support_s]
+    inner = [lax.stop_gradient(t) for p in pulses for t in _zones(p)]
     inner += [t for p in pulses for t in p.breakpoints_s]
     inner += [] if save_s is None else list(save_s)
     inner = [jnp.clip(jnp.broadcast_to(t, shape), start, stop) for t in inner]
     return jnp.sort(jnp.stack([start, *inner, stop]), axis=0)
+
+
+def _zones(pulse: AbstractPulse) -> list[Float[Array, "..."]]:
+    """Times between which a pulse is weak, middling or strong, s."""
+    (low, high), (rise, fall) = pulse.support_s, pulse.core_s
+    return [low, 0.5 * (low + rise), rise, fall, 0.5 * (fall + high), high]
 
 
 def lay(
@@ -118,12 +126,13 @@ def lay(
     knot = knots(pulses, window_s, shape, save_s)
     segments = knot.shape[0] - 1
     left, right = lax.stop_gradient(knot[:-1]), lax.stop_gradient(knot[1:])
-    actions = (right - left) * _density(system, pulses, 0.5 * (left + right))
+    actions = (right - left) * _density(system, pulses, left, right)
     cumulative = jnp.cumsum(actions, axis=0)
-    # Every segment has one step; the others go where the action is. Floors of a cumulative sum always add up.
+    # Every segment that has a length has one step; the others go where the action is. Floors of a sum always add up.
     walked = segments + jnp.ceil((steps - segments) * share).astype(int)
+    filled = jnp.cumsum(right > left, axis=0)
     part = cumulative / cumulative[-1]
-    ends = jnp.arange(1, segments + 1).reshape((-1,) + (1,) * len(shape)) + jnp.floor((walked - segments) * part)
+    ends = filled + jnp.floor((walked - filled[-1]) * part)
     ends = jnp.where(jnp.isfinite(ends), ends, 0).astype(int).at[-1].set(walked)
     knot_index = jnp.concatenate([jnp.zeros((1, *shape), int), ends])
     grid = Grid(knot, knot_index)
@@ -133,17 +142,25 @@ def lay(
     return Plan(grid, walked, t_s, per_step, coverage(pulses, t_s))
 
 
-def _density(system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "..."]) -> Float[Array, "..."]:
-    energies = system.energies_rad_s
-    spread = jnp.max(energies, axis=0) - jnp.min(energies, axis=0)
-    fastest, rabi = jnp.zeros(t_s.shape), jnp.zeros(t_s.shape)
-    for pulse in pulses:
+def _density(
+    system: LevelSystem,
+    pulses: tuple[AbstractPulse, ...],
+    left: Float[Array, "segments ..."],
+    right: Float[Array, "segments ..."],
+) -> Float[Array, "segments ..."]:
+    """Action a second in each segment, see above."""
+    turn, rabi = jnp.zeros(left.shape), jnp.zeros(left.shape)
+    for (source, target), pulse in zip(system.couplings, pulses, strict=False):
         low, high = pulse.support_s
-        present = (t_s > low) & (t_s < high)
-        fastest = jnp.maximum(fastest, jnp.where(present, 1 / pulse.timescale_s, 0.0))
-        rabi = rabi + jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
-    slow = _ENERGY_WEIGHT * spread + _RATE_WEIGHT * _rates(system, ())
-    return lax.stop_gradient(_TIME_WEIGHT * fastest + _RABI_WEIGHT * rabi + slow)
+        middle = 0.5 * (left + right)
+        present = (middle > low) & (middle < high)
+        detuning = jnp.abs(system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)])
+        peak = jnp.abs(pulse.peak_rad_s)
+        largest = jnp.where(present, pulse.largest_rad_s(left, right), 0.0)
+        weight = jnp.where(peak > 0, (largest / jnp.where(peak > 0, peak, 1.0)) ** (1 / ORDER), 0.0)
+        turn = jnp.maximum(turn, weight * (_TIME_WEIGHT / pulse.timescale_s + _ENERGY_WEIGHT * detuning))
+        rabi = rabi + largest
+    return lax.stop_gradient(turn + _RABI_WEIGHT * rabi + _RATE_WEIGHT * _rates(system, ()))
 
 
 def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."]) -> Int[Array, "pulses ..."]:
@@ -175,19 +192,18 @@ def plan_steps(
     shape: tuple[int, ...],
 ) -> int:
     """Steps that the hungriest lane needs, rounded up to a multiple of four; every value must be known now."""
-    total, points = _total_action(system, pulses, window_s, shape)
-    total = np.asarray(total, float).ravel()
-    largest = max((float(s) for s in total if math.isfinite(s)), default=0.0)
-    # One step a segment is given away before the others are shared out.
-    return 4 * math.ceil((largest / allowed_action(error) + points) / 4)
+    action, filled = (np.asarray(a, float).ravel() for a in _total_action(system, pulses, window_s, shape))
+    # One step a segment is given away before the others are shared out, and floors cost another at most.
+    needed = action / allowed_action(error) + filled + 1
+    return 4 * math.ceil(max((n for n in needed if math.isfinite(n)), default=1.0) / 4)
 
 
 @eqx.filter_jit
 def _total_action(system, pulses, window_s, shape: tuple[int, ...]):
-    """Action of each lane, and the number of its knots; one program compiles faster than a dozen small ones."""
+    """Action of each lane, and its segments of any length; one program compiles faster than a dozen small ones."""
     knot = knots(pulses, window_s, shape)
-    actions = jnp.diff(knot, axis=0) * _density(system, pulses, 0.5 * (knot[:-1] + knot[1:]))
-    return jnp.sum(actions, axis=0), knot.shape[0]
+    actions = jnp.diff(knot, axis=0) * _density(system, pulses, knot[:-1], knot[1:])
+    return jnp.sum(actions, axis=0), jnp.sum(knot[1:] > knot[:-1], axis=0)
 
 
 class GridDopri8(diffrax.AbstractSolver):

@@ -4,6 +4,9 @@ A Hermitian matrix of n levels has n^2 real components: the n populations, then 
 each a < b in lexicographic order. A pure state has 2n: real parts, then imaginary parts. The component axis is the
 first, batch axes follow; every operation is elementwise in the batch, so lanes cannot influence each other.
 Unrolling keeps only the couplings and jumps that exist (a three-level step is some fifty multiplications).
+
+Both equations are solved in the interaction picture of the energies, where a level at rest does not turn: the couplings
+turn instead (`turning`), and matter only while a pulse is on. `turned_back` leads to the rotating frame of the graph.
 """
 
 from itertools import combinations
@@ -61,7 +64,7 @@ def _dense(parts: list[_Part], like: Float[Array, "..."]) -> Float[Array, "compo
 def lindblad_rhs(
     system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."]
 ) -> Float[Array, "components ..."]:
-    """d rho / dt in real components, 1/s."""
+    """d rho / dt in real components, 1/s, for drives that turn."""
     n = len(system.levels)
     pairs = list(combinations(range(n), 2))
     parts: dict[tuple[int, int], _Pair] = {(j, j): (rho[j], None) for j in range(n)}
@@ -75,7 +78,7 @@ def lindblad_rhs(
         loss[source] = _add(loss[source], decay.rate_per_s)
 
     def commutator(a: int, b: int) -> _Pair:
-        """(H rho - rho H)_ab without the energies."""
+        """(H rho - rho H)_ab."""
         total: _Pair = (None, None)
         for c in range(n):
             if (a, c) in h:
@@ -97,8 +100,6 @@ def lindblad_rhs(
         out.append(change)
     for a, b in pairs:
         real, imag = commutator(a, b)
-        energy = system.energies_rad_s[a] - system.energies_rad_s[b]
-        real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
         damping: _Part = None
         for level in (a, b):
             damping = _add(damping, _mul(jnp.asarray(0.5), loss[level]))
@@ -113,15 +114,14 @@ def lindblad_rhs(
 def schroedinger_rhs(
     system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."]
 ) -> Float[Array, "components ..."]:
-    """d c / dt in real components, 1/s: `i dc/dt = H c`."""
+    """d c / dt in real components, 1/s, for drives that turn: `i dc/dt = H c`."""
     n = len(system.levels)
     h = _hamiltonian(system, drives)
     reals: list[_Part] = []
     imags: list[_Part] = []
     for a in range(n):
-        energy = system.energies_rad_s[a]
-        real: _Part = energy * amplitudes[a]
-        imag: _Part = energy * amplitudes[n + a]
+        real: _Part = None
+        imag: _Part = None
         for b in range(n):
             if (a, b) in h:
                 term = _product(h[a, b], (amplitudes[b], amplitudes[n + b]))
@@ -131,15 +131,47 @@ def schroedinger_rhs(
     return _dense(reals + imags, amplitudes[0])
 
 
+def turning(system: LevelSystem, drives: list[Drive], time_s: Float[Array, "..."]) -> list[Drive]:
+    """Drives in the interaction picture, `H[to, from] exp(i (E_to - E_from) t)`, a time after its start."""
+    turned = []
+    for (source, target), drive in zip(system.couplings, drives, strict=True):
+        energy = system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)]
+        turn = (jnp.cos(energy * time_s), jnp.sin(energy * time_s))
+        real, imag = _product((drive.real, drive.imag), turn)
+        assert real is not None  # a drive has a real part
+        turned.append(Drive(real, imag))
+    return turned
+
+
+def turned_back(
+    system: LevelSystem, state: Float[Array, "components ..."], time_s: Float[Array, "..."], *, pure: bool
+) -> Float[Array, "components ..."]:
+    """State in the rotating frame of the graph, a time after the start of the interaction picture."""
+    n = len(system.levels)
+    if pure:
+        pairs = [(j, n + j, system.energies_rad_s[j]) for j in range(n)]
+    else:
+        pairs = [
+            (n + 2 * k, n + 2 * k + 1, system.energies_rad_s[a] - system.energies_rad_s[b])
+            for k, (a, b) in enumerate(combinations(range(n), 2))
+        ]
+    parts = list(state)
+    for real, imag, energy in pairs:
+        cos, sin = jnp.cos(energy * time_s), jnp.sin(energy * time_s)
+        parts[real] = cos * state[real] + sin * state[imag]
+        parts[imag] = cos * state[imag] - sin * state[real]
+    return jnp.stack(parts)
+
+
 def pack_density(
-    rho: Complex[np.ndarray, "levels levels"] | Float[np.ndarray, "levels levels"],
-) -> Float[Array, "components"]:
+    rho: Complex[np.ndarray, "levels levels ..."] | Float[np.ndarray, "levels levels ..."],
+) -> Float[Array, "components ..."]:
     """Real components of a density matrix; it must be Hermitian."""
     rho = np.asarray(rho, dtype=complex)
-    if not np.allclose(rho, rho.conj().T, atol=1e-12):
+    if not np.allclose(rho, rho.conj().swapaxes(0, 1), atol=1e-12):
         raise ValueError("the density matrix must be Hermitian, but differs from its adjoint by more than 1e-12.")
     off = [part for a, b in combinations(range(len(rho)), 2) for part in (rho[a, b].real, rho[a, b].imag)]
-    return jnp.asarray(np.concatenate([np.diag(rho).real, off]))
+    return jnp.asarray(np.stack([*(rho[j, j].real for j in range(len(rho))), *off]))
 
 
 def unpack_density(components: Float[Array, "components ..."], levels: int) -> Complex[Array, "levels levels ..."]:
