@@ -34,7 +34,7 @@ from twin.memristor import Automatic, ClosedForm, IonMemristor, planned
 
 CLOSED_FORM, STATIC_GRID = "closed form", "static grid"
 _LARGEST, _LEAST, _SHARE = 4096, 16, 64  # points of a chunk, and chunks of a sweep: what a killed process loses
-_PROBED = 16
+_PROBED, _PROBE_S = 16, 0.1
 _BOUND_SLICE = 100_000
 _MB = 1e6
 
@@ -133,7 +133,7 @@ class Program:
         self.job, self._loop, self._names = job, sweep.loop, tuple(sweep.parameters)
         self._device = _settled(config, job.method)
         self._key = jax.random.key(job.seed)
-        self._together = jax.default_backend() != "cpu"
+        self.together = jax.default_backend() != "cpu"
 
     def compute(self, begin: int, values: np.ndarray) -> dict[str, np.ndarray]:
         """As `experiments.batch.compute`."""
@@ -154,7 +154,7 @@ class Program:
         rows = np.minimum(np.arange(self.job.chunk), len(values) - 1)
         filled, index = jnp.asarray(values[rows]), jnp.asarray(begin + rows)
         count = jnp.asarray(len(values))
-        return self._device, self._loop, self._names, filled, index, count, self._key, self._together
+        return self._device, self._loop, self._names, filled, index, count, self._key, self.together
 
 
 @functools.lru_cache(maxsize=2)
@@ -251,14 +251,18 @@ def _largest_error(device: IonMemristor, sweep: Sweep, seed: int) -> float:
 
 
 def _timed(program: Program, sweep: Sweep, size: int) -> tuple[float, int]:
-    """Seconds a point, and the points timed; the program runs once before."""
-    # Side by side, a few points take as long as a whole chunk.
-    points = min(size, program.job.chunk, program.job.chunk if program._together else _PROBED)
-    _, values = next(designs.blocks(sweep, program.job.seed, points))
+    """Seconds a point, and the points timed: so many that the call itself does not count, at most a chunk."""
+    most = min(size, program.job.chunk)
+    _, values = next(designs.blocks(sweep, program.job.seed, most))
     program.compute(0, values[:1])
-    began = time.perf_counter()
-    program.compute(0, values)
-    return (time.perf_counter() - began) / points, points
+    points = most if program.together else min(most, _PROBED)  # side by side, a few take as long as a whole chunk
+    while True:
+        began = time.perf_counter()
+        program.compute(0, values[:points])
+        seconds = time.perf_counter() - began
+        if seconds > _PROBE_S or points == most:
+            return seconds / points, points
+        points = min(4 * points, most)
 
 
 def _process_mb() -> float:

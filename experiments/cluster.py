@@ -30,28 +30,30 @@ class SetDevice(WorkerPlugin):
     """Settles what JAX reads from the environment, in each worker before it imports JAX.
 
     The platform is JAX_PLATFORMS, if the worker's environment has it; else "cuda" where CUDA_VISIBLE_DEVICES names
-    devices, and "cpu" elsewhere: a worker computes where it was told to or fails, and never falls back.
+    devices, and "cpu" elsewhere: a worker computes where it was told to or fails, and never falls back. Of several
+    visible devices it takes one, or JAX would reserve memory on all.
 
     Args:
-        own_gpu: whether a worker takes one device of CUDA_VISIBLE_DEVICES, by its number among the local ones.
+        numbered: whether this is the device with the worker's number, as local workers have one; else it is the first,
+            where dask-cuda puts the worker's own.
     """
 
     name = "iontwin-device"
 
-    def __init__(self, own_gpu: bool = False):
-        self._own_gpu = own_gpu
+    def __init__(self, numbered: bool = False):
+        self._numbered = numbered
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask in every worker, also in those that come later."""
-        devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+        gpus = _visible_gpus()
         wanted = {
             "JAX_ENABLE_X64": "1",
-            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or ("cuda" if devices else "cpu"),
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or ("cuda" if gpus else "cpu"),
             # As many threads of XLA as Dask counts for the worker, or the workers of a machine are in each other's way.
             "NPROC": str(worker.state.nthreads),
         }
-        if self._own_gpu and len(devices) > 1:
-            wanted["CUDA_VISIBLE_DEVICES"] = devices[int(worker.name)]
+        if gpus:
+            wanted["JAX_CUDA_VISIBLE_DEVICES"] = str(worker.name) if self._numbered else "0"
         different = [name for name, value in wanted.items() if os.environ.get(name) != value]
         if "jax" in sys.modules and different:
             raise RuntimeError(
@@ -74,7 +76,7 @@ def connected(workers: int, scheduler: str) -> Generator[Client]:
     """
     with contextlib.ExitStack() as stack:
         if workers:
-            gpus = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+            gpus = _visible_gpus()
             if gpus and workers > len(gpus):
                 raise ValueError(
                     f"--workers is {workers}, but CUDA_VISIBLE_DEVICES names {len(gpus)}; one worker each."
@@ -90,7 +92,7 @@ def connected(workers: int, scheduler: str) -> Generator[Client]:
         except (OSError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise ValueError(f"--scheduler {scheduler}: no Dask scheduler answers there ({said}); check it.") from None
-        client.register_plugin(SetDevice(own_gpu=workers > 1))
+        client.register_plugin(SetDevice(numbered=workers > 0))
         if not threads(client):
             print(f"sweep: waiting for a worker of {scheduler}", file=sys.stderr, flush=True)
         client.wait_for_workers(max(workers, 1))
@@ -141,6 +143,10 @@ def computed(client: Client, job: "Job", chunks: Iterable[tuple[int, np.ndarray]
         ) from None
     except (CommClosedError, FutureCancelledError) as error:
         raise RuntimeError(f"the Dask scheduler is gone ({error}); resume with the same command.") from None
+
+
+def _visible_gpus() -> list[str]:
+    return [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
 
 
 def _prepare(job: "Job") -> "Plan":

@@ -55,10 +55,10 @@ def run(config: Config, store: Path, seed: int, workers: int = 0, scheduler: str
             job = plan.job
             if begun is None:  # what fails before its first numbers leaves nothing behind
                 begun = SweepStore.lay_out(path, config, seed, chunk=job.chunk, method=job.method, facts=facts)
-            with _progress(size, resumed) as update:
+            with _progress(size, done := resumed) as update:
                 for begin, numbers in compute(job, begun.pending()):
                     begun.write(begin, numbers)
-                    update(int(np.sum(begun.status != PENDING)))
+                    update(done := done + len(numbers["status"]))
     status = begun.status
     return {
         "status": "done",

@@ -130,19 +130,19 @@ class FakeWorker:
 
 
 @pytest.mark.parametrize(
-    ("before", "own_gpu", "after"),
+    ("before", "numbered", "after"),
     [
         ({}, True, {"JAX_PLATFORMS": "cpu", "NPROC": "3", "JAX_ENABLE_X64": "1"}),
         ({"JAX_PLATFORMS": "rocm"}, True, {"JAX_PLATFORMS": "rocm"}),
-        ({"CUDA_VISIBLE_DEVICES": "4,7"}, True, {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "7"}),
-        ({"CUDA_VISIBLE_DEVICES": "4,7"}, False, {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "4,7"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,7"}, True, {"JAX_PLATFORMS": "cuda", "JAX_CUDA_VISIBLE_DEVICES": "1"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,7"}, False, {"JAX_PLATFORMS": "cuda", "JAX_CUDA_VISIBLE_DEVICES": "0"}),
     ],
 )
-def test_a_worker_computes_where_it_was_told_to(monkeypatch, before, own_gpu, after):
-    for name in ("JAX_PLATFORMS", "NPROC", "CUDA_VISIBLE_DEVICES", "JAX_ENABLE_X64"):
+def test_a_worker_computes_where_it_was_told_to(monkeypatch, before, numbered, after):
+    for name in ("JAX_PLATFORMS", "NPROC", "CUDA_VISIBLE_DEVICES", "JAX_CUDA_VISIBLE_DEVICES", "JAX_ENABLE_X64"):
         monkeypatch.setenv(name, before.get(name, ""))
     monkeypatch.delitem(sys.modules, "jax")
-    cluster.SetDevice(own_gpu).setup(FakeWorker())
+    cluster.SetDevice(numbered).setup(FakeWorker())
     assert {name: os.environ[name] for name in after} == after
 
 

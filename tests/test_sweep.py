@@ -190,7 +190,7 @@ def test_the_size_of_a_chunk_does_not_change_a_number(engine):
     program = batch._program(job(settings, chunk=6, method=method))
     other = program.compute(0, values)
     if engine == "closed_form":  # all side by side, as on an accelerator
-        program._together = True
+        program.together = True
     beside = program.compute(0, values)
     for name in store.METRICS:
         assert np.max(np.abs(other[name][:2] - first[name])) <= 1e-13
