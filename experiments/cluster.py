@@ -48,7 +48,7 @@ class SetDevice(WorkerPlugin):
         gpus = _visible_gpus()
         wanted = {
             "JAX_ENABLE_X64": "1",
-            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or ("cuda" if gpus else "cpu"),
+            "JAX_PLATFORMS": _platform(),
             # As many threads of XLA as Dask counts for the worker, or the workers of a machine are in each other's way.
             "NPROC": str(worker.state.nthreads),
         }
@@ -77,7 +77,7 @@ def connected(workers: int, scheduler: str) -> Generator[Client]:
     with contextlib.ExitStack() as stack:
         if workers:
             gpus = _visible_gpus()
-            if gpus and workers > len(gpus):
+            if gpus and _platform() == "cuda" and workers > len(gpus):
                 raise ValueError(
                     f"--workers is {workers}, but CUDA_VISIBLE_DEVICES names {len(gpus)}; one worker each."
                 )
@@ -105,8 +105,9 @@ def threads(client: Client) -> int:
 
 
 def plan(client: Client, job: "Job") -> "Plan":
-    """`experiments.batch.prepare` on a worker."""
-    return client.submit(_prepare, job, pure=False).result()
+    """`experiments.batch.prepare` on a worker; raises as that, and as `computed`."""
+    with _in_words():
+        return client.submit(_prepare, job, pure=False).result()
 
 
 def computed(client: Client, job: "Job", chunks: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, Numbers]]:
@@ -118,7 +119,7 @@ def computed(client: Client, job: "Job", chunks: Iterable[tuple[int, np.ndarray]
         chunks: number of the first point and coordinates.
 
     Raises:
-        RuntimeError: a chunk was on several workers that died, or the scheduler is gone.
+        RuntimeError: several workers died of a chunk, or the scheduler is gone.
     """
     run, waiting, begins = secrets.token_hex(4), iter(chunks), {}
     done = as_completed(with_results=True)
@@ -132,21 +133,32 @@ def computed(client: Client, job: "Job", chunks: Iterable[tuple[int, np.ndarray]
             done.add(future)
 
     submit()
-    try:
+    with _in_words():
         for future, numbers in done:
             yield begins.pop(future.key), numbers
             submit()
+
+
+@contextlib.contextmanager
+def _in_words() -> Generator[None]:
+    """What Dask raises, as one sentence."""
+    try:
+        yield
     except KilledWorker as error:
         raise RuntimeError(
-            f"the chunk at point {str(error.task).rpartition('-')[2]} was on several workers that died, probably of "
-            "too little memory; lower sweep.memory_mb or start workers with more, and resume with the same command."
+            f"several workers died of one task ({error.task}), probably of too little memory; lower sweep.memory_mb or "
+            "give workers more, and resume with the same command."
         ) from None
-    except (CommClosedError, FutureCancelledError) as error:
-        raise RuntimeError(f"the Dask scheduler is gone ({error}); resume with the same command.") from None
+    except (CommClosedError, FutureCancelledError):
+        raise RuntimeError("the Dask scheduler is gone; start it again and resume with the same command.") from None
 
 
 def _visible_gpus() -> list[str]:
     return [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+
+
+def _platform() -> str:
+    return os.environ.get("JAX_PLATFORMS") or ("cuda" if _visible_gpus() else "cpu")
 
 
 def _prepare(job: "Job") -> "Plan":
