@@ -64,7 +64,7 @@ class AreaSeries(eqx.Module):
         nodes: None lets `IonMemristor.prepared` choose them, and the steps, from the values at hand.
     """
 
-    grid: StaticGrid = StaticGrid()
+    grid: StaticGrid = eqx.field(default_factory=StaticGrid)
     nodes: Nodes | None = eqx.field(static=True, default=None)
 
     @property

@@ -148,8 +148,8 @@ def plan_steps(
 def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = False) -> AreaSeries:
     spread, system = _corners(ion, box, detuning_set_hz)
     timing, areas = spread.timing, spread.largest_areas
-    overlap = float(jnp.max(overlap_bound(*areas, timing.separation_s, timing.sigma_1_s, timing.sigma_2_s)))
-    theta_1, theta_2 = (float(jnp.max(theta)) for theta in areas)
+    overlap = _largest(overlap_bound(*areas, timing.separation_s, timing.sigma_1_s, timing.sigma_2_s))
+    theta_1, theta_2 = (_largest(theta) for theta in areas)
     if generous:
         theta_1, theta_2 = (math.ceil(1.05 * theta / (math.pi / 4)) * math.pi / 4 for theta in (theta_1, theta_2))
         overlap = 0.0 if overlap == 0 else 10 ** math.ceil(math.log10(overlap))
@@ -175,6 +175,12 @@ def _corners(ion, box: Mapping[str, tuple[float, float]], detuning_set_hz: float
     columns = [real_array(column.reshape((-1,) + (1,) * axes)) for column in corners.T]
     spread = dataclasses.replace(ion, **dict(zip(names, columns, strict=False)))
     return spread, spread.system(*columns[-2:])
+
+
+def _largest(values) -> float:
+    """Of those that are numbers: a bad device comes out invalid in its own lane, and decides nothing for the others."""
+    values = np.asarray(values)
+    return float(np.max(values[np.isfinite(values)], initial=0.0))
 
 
 def _round_up(steps: int) -> int:
