@@ -23,6 +23,7 @@ from twin.dynamics import Adaptive
 from twin.hysteresis import form_factor, signed_area
 from twin.loop import Settings, run, sine_input
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
+from twin.planning import SOLVES_OF_CYCLE
 
 COMMANDS = (
     *("amplitude_1", "amplitude_2", "sigma_1_s", "sigma_2_s", "separation_s"),
@@ -40,9 +41,9 @@ class Obedience(eqx.Module):
     name: str = eqx.field(static=True, default="obedience_rms")
 
     @property
-    def cycles(self) -> int:
-        """Cycles that one evaluation plays."""
-        return _NODES**2
+    def solves(self) -> float:
+        """Solves of both pulses in one evaluation."""
+        return float(_NODES**2)
 
     def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """The rms itself."""
@@ -70,9 +71,9 @@ class LoopShape(eqx.Module):
     periods: int = eqx.field(static=True, default=2)
 
     @property
-    def cycles(self) -> int:
-        """Cycles that one evaluation plays, counted twice: inputs and outputs are separate runs."""
-        return 2 * (self.periods * self.cycles_per_period + 1)
+    def solves(self) -> float:
+        """Solves of both pulses in one evaluation."""
+        return SOLVES_OF_CYCLE * (self.periods * self.cycles_per_period + 1)
 
     def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """Area or form factor of the last period."""
@@ -189,7 +190,7 @@ def optimize(
     box = {name: _actual(device, name, box) for name, box in free.boxes.items() if name not in _SET}
     # Planned for areas that do not grow with the width: the controller lowers the amplitude of a wider pulse.
     plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
-    plain = planned(plain, box, detuning_set_hz=offset, cycles=target.cycles)
+    plain = planned(plain, box, detuning_set_hz=offset, solves=target.solves)
     device = dataclasses.replace(device, steps=plain.steps, method=plain.method)
     args = (device, free, target)
     before = jnp.array(list(present.values()), float)

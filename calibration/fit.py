@@ -24,7 +24,9 @@ from calibration.uncertainty import Estimate
 from twin.loop import AbstractMemristor
 from twin.memristor import Automatic, IonMemristor, Lindblad, coarsened, planned
 
-_SEARCH_ERROR = 1e-6
+# Solver errors of the first two stages. A step more or less in a grid moves the log-likelihood by some sqrt(data) of
+# its error over a count's: Adam does not mind, a line search would.
+_EXPLORATION_ERROR, _DESCENT_ERROR = 1e-4, 1e-6
 # Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
 _SAME_VALUE, _SAME_PLACE = 0.1, 0.02
 _POLISHED = 3
@@ -118,7 +120,7 @@ def fit(
     parameters = FreeParameters.from_boxes(free)
     experiment = Experiment.from_table(table)
     fine = _ready(device, experiment, parameters)
-    coarse = coarsened(fine, _SEARCH_ERROR)
+    rough, coarse = (coarsened(fine, error) for error in (_EXPLORATION_ERROR, _DESCENT_ERROR))
     points = parameters.unbounded(parameters.draw(jax.random.key(seed), starts))
     history: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
@@ -145,8 +147,8 @@ def fit(
         seconds[name] = time.perf_counter() - began
         return found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
 
-    rough = search("search", coarse, points, _EXPLORATION)
-    settled = search("descend", coarse, rough.points, _DESCENT)
+    explored = search("search", rough, points, _EXPLORATION)
+    settled = search("descend", coarse, explored.points, _DESCENT)
     values = np.asarray(settled.values)
     if not np.any(np.isfinite(values)):
         return _failed(fine, parameters, experiment, "the likelihood is not finite from any start; "
@@ -173,8 +175,8 @@ def _ready(device: AbstractMemristor, experiment: Experiment, parameters: FreePa
     device = anchored(device)
     # Checks the names, and that the middle of the box is a device.
     parameters.apply(device, 0.5 * (parameters.low + parameters.high))
-    largest, cycles = experiment.settings.largest_hz, experiment.cycles_of_setting
-    return planned(device, parameters.boxes, detuning_set_hz=largest, cycles=cycles)
+    largest, solves = experiment.settings.largest_hz, experiment.solves_of_setting
+    return planned(device, parameters.boxes, detuning_set_hz=largest, solves=solves)
 
 
 def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:

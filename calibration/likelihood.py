@@ -129,9 +129,9 @@ class Experiment(eqx.Module):
         return int(sum(np.sum(np.asarray(column.measured)) for column in self.columns))
 
     @property
-    def cycles_of_setting(self) -> int:
-        """Rows that share a pair of laser offsets, on average."""
-        return len(self.x_set) // self.settings.count
+    def solves_of_setting(self) -> float:
+        """Solves of both pulses that a setting takes on average; a run of pulse 1 alone is half of one."""
+        return (len(self.x_set) + 0.5 * len(self.first_x_set)) / self.settings.count
 
 
 def _observations(table: LoopTable, column: str) -> Observations | None:

@@ -30,6 +30,7 @@ from twin import hysteresis
 from twin.loop import AbstractMemristor, sine_input
 from twin.loop import run as run_loop
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
+from twin.planning import SOLVES_OF_CYCLE
 
 CLOSED_FORM, LINDBLAD = "closed form", "lindblad"
 _LARGEST, _LEAST, _SHARE = 4096, 16, 64  # points of a chunk, and chunks of a sweep: what a killed process loses
@@ -221,7 +222,7 @@ def _settled(config: Config, method: str) -> AbstractMemristor:
     loop = sweep.loop
     offset = max(abs(loop.detuning_1_set_hz), abs(loop.detuning_2_set_hz))
     cycles = loop.periods * loop.cycles_per_period + 1
-    return planned(device, box, detuning_set_hz=offset, cycles=cycles)
+    return planned(device, box, detuning_set_hz=offset, solves=SOLVES_OF_CYCLE * cycles)
 
 
 def _device(config: Config) -> AbstractMemristor:

@@ -47,8 +47,8 @@ class Automatic(eqx.Module):
 
 Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | Adaptive
 
-# A run of pulse 1 alone costs half of one of both pulses.
-_COST_OF_CYCLE = 1.5
+# A run of pulse 1 alone costs half of one of both pulses; a series has work of its own beside its solves.
+SOLVES_OF_CYCLE, _WORTH = 1.5, 0.7
 
 
 def ready(ion, *, cycles: int, detuning_set_hz: float):
@@ -61,7 +61,7 @@ def ready(ion, *, cycles: int, detuning_set_hz: float):
     """
     if isinstance(ion.method, Lindblad):
         series = _series(ion, {}, detuning_set_hz, ion.method.error, generous=True)
-        if pays(ion, series, cycles):
+        if pays(ion, series, SOLVES_OF_CYCLE * cycles):
             return dataclasses.replace(ion, method=series)
         ion = dataclasses.replace(ion, method=StaticGrid(error=ion.method.error))
     if isinstance(ion.method, AreaSeries) and ion.method.nodes is None:
@@ -73,19 +73,19 @@ def ready(ion, *, cycles: int, detuning_set_hz: float):
     return ion
 
 
-def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0, cycles: int = 1):
+def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0, solves: float = 1.0):
     """The device planned for a box, so that values in it may be traced; devices without a grid pass unchanged.
 
     Args:
         device: any memristor; supplies the parameters outside the box, all values known.
         box: (low, high) of each parameter that will vary.
         detuning_set_hz: largest magnitude of the commanded laser offsets, Hz.
-        cycles: how many cycles share one setting; decides a `Lindblad`.
+        solves: solves of both pulses that one setting takes directly; decides a `Lindblad`.
     """
     method = getattr(device, "method", None)
     if isinstance(method, Lindblad):
         series = _series(device, box, detuning_set_hz, method.error)
-        method = series if pays(device, series, cycles) else StaticGrid(error=method.error)
+        method = series if pays(device, series, solves) else StaticGrid(error=method.error)
     elif isinstance(method, AreaSeries):
         method = _series(device, box, detuning_set_hz, float(method.grid.error))
     if isinstance(method, StaticGrid):
@@ -115,10 +115,10 @@ def _with_grid(device, **changes):
     return device
 
 
-def pays(ion, series: AreaSeries, cycles: int) -> bool:
-    """Whether the solves of a series are fewer than those of the cycles themselves."""
+def pays(ion, series: AreaSeries, solves: float) -> bool:
+    """Whether a series takes clearly fewer solves than the cycles themselves."""
     assert series.nodes is not None
-    return series.nodes.lanes(len(starts_of(ion.system(0.0, 0.0)))) < _COST_OF_CYCLE * cycles
+    return series.nodes.lanes(len(starts_of(ion.system(0.0, 0.0)))) < _WORTH * solves
 
 
 def plan_steps(
