@@ -137,7 +137,7 @@ def test_series_serve_long_loops_and_direct_solves_short_ones():
     x = sine_input(periods=3, cycles_per_period=40)
     assert run(ion(), x).method == "area series"
     assert run(ion(), x[:12]).method == "static grid"
-    assert run(ion(method=Lindblad(1e-6)), x[:30]).method == "area series"  # coarser: fewer nodes
+    assert run(ion(method=Lindblad(1e-6)), x[:45]).method == "area series"  # coarser: fewer nodes
 
 
 @pytest.mark.parametrize("moving", [{}, {"n_bar": 5.0, "eta_1": 0.08, "eta_2": 0.07, "phonon_nodes": 6}], ids=str)
