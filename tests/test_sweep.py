@@ -33,7 +33,9 @@ AXES = {"window_cycles": [1.5, 7.0], "rabi_scale_1": {"low": 0.8, "high": 1.2, "
 def config(
     device: dict[str, Any] | None = None, loop: dict[str, Any] | None = None, source: str = "model", **table: Any
 ) -> Config:
-    tables = {"parameters": AXES, "points": 4, "chunk": 5, **table, "loop": {**LOOP, **(loop or {})}}
+    # Memory: the process may already hold the programs of a thousand other tests.
+    few = {"parameters": AXES, "points": 4, "chunk": 5, "memory_mb": 1e5}
+    tables = {**few, **table, "loop": {**LOOP, **(loop or {})}}
     device = {"engine": "closed_form", **(device or {})}
     return parse_config({"device": device, "memory": {"source": source}, "sweep": tables}, verb="sweep")
 
