@@ -20,7 +20,9 @@ ROOT = str(Path(__file__).parents[1])
 def config(cycles: int = 500, points: int = 1024) -> Config:
     loop = {"periods": 2, "cycles_per_period": cycles, "window_cycles": 3.0, "shots": 50}
     box = {"window_cycles": [1.5, 7.0], "rabi_scale_1": [0.8, 1.2]}
-    tables = {"design": "sobol", "parameters": box, "points": points, "chunk": points // 16, "loop": loop}
+    # Memory: this process may already hold the programs of a thousand other tests.
+    tables = {"design": "sobol", "parameters": box, "points": points, "chunk": points // 16, "memory_mb": 1e5}
+    tables["loop"] = loop
     return parse_config({"device": {"engine": "closed_form"}, "memory": {}, "sweep": tables}, verb="sweep")
 
 
