@@ -15,6 +15,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+# Called as (stage, iterations done, most iterations, best value so far).
+Progress = Callable[[str, int, int, float], None]
+
 
 class Stage(NamedTuple):
     """One optimizer and when to stop it.

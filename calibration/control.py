@@ -6,7 +6,7 @@ bounds. Gradients run through the full Lindblad dynamics and, for loop targets, 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from calibration._minimize import Stage, minimize
+from calibration._minimize import Progress, Stage, minimize
 from calibration.parameters import FreeParameters, anchored, unit_of
 from calibration.uncertainty import at_edge
 from twin.dynamics import Adaptive
@@ -151,7 +151,7 @@ def optimize(
     *,
     iterations: int = 200,
     seed: int = 0,
-    on_progress: Callable[[str, int, int, float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Design:
     """Finds commands within bounds that serve the target best on this device.
 

@@ -6,7 +6,7 @@ basins polished at the device's own error. Fisher information at the optimum giv
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import equinox as eqx
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from calibration import uncertainty
-from calibration._minimize import Minimum, Stage, minimize
+from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, log_likelihood, log_likelihood_of, pearson_chi2, predict
 from calibration.parameters import FreeParameters, anchored
@@ -80,9 +80,6 @@ class FitResult:
     def correlation(self) -> np.ndarray:
         """Correlation matrix in the order of `parameters`."""
         return uncertainty.correlation(self.covariance)
-
-
-Progress = Callable[[str, int, int, float], None]
 
 
 def fit(

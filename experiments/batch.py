@@ -2,7 +2,7 @@
 
 Every chunk of a sweep is the same program, on whichever process and wherever the chunk begins. On a CPU the points are
 computed one after another, since the cycles of a point fill the vector units and its arrays stay in the cache (under
-`vmap` the loop over solver stages runs ten times slower); on an accelerator all points of a chunk go side by side.
+`vmap` the loop over solver stages is slow); on an accelerator all points of a chunk go side by side.
 """
 
 import dataclasses

@@ -174,7 +174,7 @@ def _population_flight(system: LevelSystem, time_s: Float[Array, "..."]) -> Floa
     return flight
 
 
-def _compose(a: Float[Array, "to via ..."], b: Float[Array, "via from ..."]) -> Float[Array, "to from ..."]:
+def _compose(a: Float[Array, "to via ..."], b: Float[Array, "via columns ..."]) -> Float[Array, "to columns ..."]:
     return jnp.sum(a[:, :, None] * b[None], axis=1)
 
 
@@ -240,7 +240,7 @@ def tabulate(
 
     def populations(flight, state) -> Array:
         """(levels, lanes, *S) carried on."""
-        return _compose_lanes(flight[0], state[:levels])
+        return _compose(flight[0], state[:levels])
 
     def coherence(flight, state) -> Array:
         return times(flight[1][:, None], state[levels : levels + 2])
@@ -323,7 +323,3 @@ def _solve(method: AreaSeries, system, timing: Timing, windows, groups, largest)
         window_s=tuple(jnp.concatenate(e) for e in ends),
         method=method.solves,
     )
-
-
-def _compose_lanes(flight: Float[Array, "to from ..."], populations: Float[Array, "from lanes ..."]) -> Array:
-    return jnp.sum(flight[:, :, None] * populations[None], axis=1)

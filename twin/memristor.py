@@ -171,8 +171,8 @@ class IonMemristor(AbstractMemristor):
             if self.phonon_nodes == 1:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
-            if table is not None:
-                response = _from_table(table, theta_1, theta_2, now.of_cycle, alone)
+            if isinstance(method, AreaSeries) and table is not None:
+                response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
             elif isinstance(method, ClosedForm):
                 response = self._closed_form(theta_1, None if alone is True else jnp.where(alone, 0.0, theta_2))
             else:
@@ -327,8 +327,8 @@ class IonMemristor(AbstractMemristor):
         return ClosedForm() if bool(jnp.all(bound <= error)) else Lindblad(error)
 
 
-def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone) -> Response:
-    """Cycles read off the series of their device."""
+def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) -> Response:
+    """Cycles read off the series of their device; those that miss the requested error are flagged and NaN."""
     at = lambda values: values if of_cycle is None else values[of_cycle]
     read = []
     if alone is not False:
@@ -339,7 +339,9 @@ def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone) -> Response
         read = [tuple(jnp.where(alone, a, b) for a, b in zip(*read, strict=True))]
     populations, coherence, error = read[0]
     cycles = populations.shape[1:]
-    valid = jnp.broadcast_to(at(table.valid), cycles) & jnp.all(jnp.isfinite(populations), axis=0)
+    good = at(table.valid) & (error <= requested)
+    valid = jnp.broadcast_to(good, cycles) & jnp.all(jnp.isfinite(populations), axis=0)
+    populations, coherence = (jnp.where(valid, values, jnp.nan) for values in (populations, coherence))
     return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
