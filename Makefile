@@ -21,10 +21,10 @@ demo: $(READY)
 	$(BIN)/iontwin optimize experiments/configs/demo.toml --from runs/demo --out runs/demo-pulses --replace
 
 test: $(READY)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --durations=20
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow --durations=20 -rP
 
 # The peers live in an environment of their own: what they need must not decide what the twin runs with.
 BENCH := .venv-bench

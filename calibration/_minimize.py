@@ -15,13 +15,16 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+# Called as (stage, iterations done, most iterations, best value so far).
+Progress = Callable[[str, int, int, float], None]
+
 
 class Stage(NamedTuple):
     """One optimizer and when to stop it.
 
     Args:
-        optimizer: "adam" or "lbfgs" (with zoom line search).
-        iterations: most iterations a start may take.
+        optimizer: "adam", or "lbfgs" with a backtracking line search.
+        iterations: most iterations a start may take; each is one evaluation of the loss and its gradient.
         tolerance: a start is done when its loss fell by less than this in each of two iterations.
         learning_rate: of Adam, decaying by a cosine to a tenth.
     """
@@ -47,19 +50,28 @@ class Minimum(NamedTuple):
 
 
 class _Walker(NamedTuple):
+    """Where a start stands, and where it will look next: at `point + scale * move`."""
+
     point: Float[Array, "*starts parameters"]
-    state: Any
     value: Float[Array, "*starts"]
+    gradient: Float[Array, "*starts parameters"]
+    move: Float[Array, "*starts parameters"]
+    scale: Float[Array, "*starts"]
+    state: Any
     stalls: Int[Array, "*starts"]
     taken: Int[Array, "*starts"]
 
 
+# Decrease that a step must reach, as a share of what the slope promises (Armijo).
+_DECREASE = 1e-4
+
+
 @lru_cache
-def _optimizer(stage: Stage) -> optax.GradientTransformationExtraArgs:
+def _optimizer(stage: Stage) -> optax.GradientTransformation:
     if stage.optimizer == "lbfgs":
-        return optax.lbfgs()
+        return optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
     rate = optax.cosine_decay_schedule(stage.learning_rate, stage.iterations, alpha=0.1)
-    return optax.with_extra_args_support(optax.adam(rate, b2=0.95))
+    return optax.adam(rate, b2=0.95)
 
 
 def minimize(
@@ -106,8 +118,9 @@ def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
 @eqx.filter_jit
 def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool[Array, " starts"]) -> _Walker:
     state = jax.vmap(_optimizer(stage).init)(starts)
-    zero = jnp.zeros(starts.shape[0], int)
-    walkers = _Walker(starts, state, jnp.where(active, jnp.inf, jnp.nan), zero, zero)
+    zero, none = jnp.zeros(starts.shape[0], int), jnp.zeros_like(starts)
+    value = jnp.where(active, jnp.inf, jnp.nan)
+    walkers = _Walker(starts, value, none, none, jnp.ones(starts.shape[0]), state, zero, zero)
     # Weakly typed numbers become strong in the first chunk, and would have the second one compiled again.
     return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), walkers)
 
@@ -116,26 +129,30 @@ def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool
 def _advance(
     loss, stage: Stage, iterations: Int[Array, ""], tolerance: Float[Array, ""], args, each, walkers: _Walker
 ) -> _Walker:
+    """Some iterations of every start; an iteration is one evaluation, so that the loss is compiled once."""
     optimizer = _optimizer(stage)
 
     def one(walker_and_data) -> _Walker:
         walker, data = walker_and_data
 
-        def objective(point):
-            return loss(point, args, data)
-
-        def step(walker: _Walker) -> _Walker:
-            if stage.optimizer == "lbfgs":
-                # The line search has already evaluated the point it moved to.
-                value, gradient = optax.value_and_grad_from_state(objective)(walker.point, state=walker.state)
-            else:
-                value, gradient = jax.value_and_grad(objective)(walker.point)
-            updates, state = optimizer.update(
-                gradient, walker.state, walker.point, value=value, grad=gradient, value_fn=objective
-            )
-            stalled = jnp.abs(walker.value - value) < tolerance
-            stalls = jnp.where(stalled, walker.stalls + 1, 0)
-            return _Walker(optax.apply_updates(walker.point, updates), state, value, stalls, walker.taken + 1)
+        def step(w: _Walker) -> _Walker:
+            trial = w.point + w.scale * w.move
+            value, gradient = jax.value_and_grad(loss)(trial, args, data)
+            begins = jnp.isinf(w.value)
+            stalled = jnp.abs(w.value - value) < tolerance
+            stalls = jnp.where(stalled, w.stalls + 1, 0)
+            accepted = _accept(optimizer, w, trial, value, gradient, begins)._replace(stalls=stalls)
+            if stage.optimizer == "adam":
+                return accepted
+            slope = jnp.vdot(w.gradient, w.move)
+            lower = value <= w.value + _DECREASE * w.scale * slope
+            good = begins | (lower & jnp.all(jnp.isfinite(gradient)))
+            # The minimum of the parabola through both values and the slope; a third where there is none.
+            bend = value - w.value - w.scale * slope
+            best = jnp.where(bend > 0, -0.5 * slope * w.scale / jnp.where(bend > 0, bend, 1.0), 0.3)
+            closer = w.scale * jnp.where(jnp.isfinite(value), jnp.clip(best, 0.1, 0.5), 0.3)
+            stays = w._replace(scale=closer, stalls=stalls, taken=w.taken + 1)
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), accepted, stays)
 
         def unfinished(carry):
             i, w = carry
@@ -144,3 +161,15 @@ def _advance(
         return lax.while_loop(unfinished, lambda carry: (carry[0] + 1, step(carry[1])), (0, walker))[1]
 
     return lax.map(one, (walkers, each))
+
+
+def _accept(optimizer, w: _Walker, trial, value, gradient, begins) -> _Walker:
+    """The walker at its trial, with the next move."""
+    # Pairs that curve the wrong way spoil the memory of L-BFGS, which then begins anew.
+    curved = begins | (jnp.vdot(gradient - w.gradient, w.move) > 0)
+    fresh = optimizer.init(trial)
+    if not isinstance(w.state[0], optax.ScaleByLBFGSState):
+        curved = True
+    state = jax.tree.map(lambda old, new: jnp.where(curved, old, new), w.state, fresh)
+    move, state = optimizer.update(gradient, state, trial)
+    return _Walker(trial, value, gradient, move, jnp.ones_like(w.scale), state, w.stalls, w.taken + 1)

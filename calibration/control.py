@@ -6,7 +6,7 @@ bounds. Gradients run through the full Lindblad dynamics and, for loop targets, 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from calibration._minimize import Stage, minimize
+from calibration._minimize import Progress, Stage, minimize
 from calibration.parameters import FreeParameters, anchored, unit_of
 from calibration.uncertainty import at_edge
-from twin.dynamics import Adaptive, StaticGrid
+from twin.dynamics import Adaptive
 from twin.hysteresis import form_factor, signed_area
-from twin.loop import run, sine_input
-from twin.memristor import Automatic, ClosedForm, IonMemristor, planned
+from twin.loop import Settings, run, sine_input
+from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
+from twin.planning import SOLVES_OF_CYCLE
 
 COMMANDS = (
     *("amplitude_1", "amplitude_2", "sigma_1_s", "sigma_2_s", "separation_s"),
@@ -38,6 +39,11 @@ class Obedience(eqx.Module):
     """Least rms of `y - (1 - r_set) x_set` over the square of commands, by Gauss-Legendre quadrature."""
 
     name: str = eqx.field(static=True, default="obedience_rms")
+
+    @property
+    def solves(self) -> float:
+        """Solves of both pulses in one evaluation."""
+        return float(_NODES**2)
 
     def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """The rms itself."""
@@ -63,6 +69,11 @@ class LoopShape(eqx.Module):
     name: str = eqx.field(static=True)
     cycles_per_period: int = eqx.field(static=True, default=40)
     periods: int = eqx.field(static=True, default=2)
+
+    @property
+    def solves(self) -> float:
+        """Solves of both pulses in one evaluation."""
+        return SOLVES_OF_CYCLE * (self.periods * self.cycles_per_period + 1)
 
     def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """Area or form factor of the last period."""
@@ -94,8 +105,7 @@ def disobedience(
     device: IonMemristor, x_set: Float[Array, " n"], r_set: Float[Array, " n"], offsets: tuple[Array, Array]
 ) -> Float[Array, " n"]:
     """`y - (1 - r_set) x_set`: how far the output population is from what was commanded."""
-    d1, d2 = (jnp.broadcast_to(o, x_set.shape) for o in offsets)
-    response = device.respond(x_set, r_set, d1, d2, alone=False)
+    response = device.under(Settings(*offsets))(x_set, r_set, alone=False)
     return device.signal(response.populations) - (1 - r_set) * x_set
 
 
@@ -141,7 +151,7 @@ def optimize(
     *,
     iterations: int = 200,
     seed: int = 0,
-    on_progress: Callable[[str, int, int, float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Design:
     """Finds commands within bounds that serve the target best on this device.
 
@@ -164,11 +174,11 @@ def optimize(
     """
     if isinstance(device.method, ClosedForm | Adaptive):
         raise ValueError(
-            "pulse design needs the Lindblad engine on the static grid: the closed form knows no imperfection but "
-            "the Rabi scales; give the device the method StaticGrid()."
+            "pulse design needs the Lindblad engine on a static grid: the closed form knows no imperfection but "
+            "the Rabi scales; give the device the method Lindblad()."
         )
     if isinstance(device.method, Automatic):
-        device = dataclasses.replace(device, method=StaticGrid(error=device.method.error))
+        device = dataclasses.replace(device, method=Lindblad(device.method.error))
     device = cast(IonMemristor, anchored(device))
     present = {name: _present(device, name) for name in bounds}
     for name, value in present.items():
@@ -179,9 +189,9 @@ def optimize(
     offset = max((max(abs(v) for v in bounds[n]) for n in _SET if n in bounds), default=0.0)
     box = {name: _actual(device, name, box) for name, box in free.boxes.items() if name not in _SET}
     # Planned for areas that do not grow with the width: the controller lowers the amplitude of a wider pulse.
-    steps = planned(dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None), box,
-                    detuning_set_hz=offset)  # fmt: skip
-    device = dataclasses.replace(device, steps=steps.steps, method=steps.method)
+    plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
+    plain = planned(plain, box, detuning_set_hz=offset, solves=target.solves)
+    device = dataclasses.replace(device, steps=plain.steps, method=plain.method)
     args = (device, free, target)
     before = jnp.array(list(present.values()), float)
     inside = free.low + free.width * (1e-3 + (1 - 2e-3) * (before - free.low) / free.width)

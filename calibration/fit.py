@@ -6,7 +6,7 @@ basins polished at the device's own error. Fisher information at the optimum giv
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import equinox as eqx
@@ -16,16 +16,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from calibration import uncertainty
-from calibration._minimize import Minimum, Stage, minimize
+from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, log_likelihood, log_likelihood_of, pearson_chi2, predict
 from calibration.parameters import FreeParameters, anchored
 from calibration.uncertainty import Estimate
-from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor
-from twin.memristor import Automatic, IonMemristor, coarsened, planned
+from twin.memristor import Automatic, IonMemristor, Lindblad, coarsened, planned
 
-_SEARCH_ERROR = 1e-6
+# Solver errors of the first two stages. A step more or less in a grid moves the log-likelihood by some sqrt(data) of
+# its error over a count's: Adam does not mind, a line search would.
+_EXPLORATION_ERROR, _DESCENT_ERROR = 1e-4, 1e-6
 # Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
 _SAME_VALUE, _SAME_PLACE = 0.1, 0.02
 _POLISHED = 3
@@ -81,9 +82,6 @@ class FitResult:
         return uncertainty.correlation(self.covariance)
 
 
-Progress = Callable[[str, int, int, float], None]
-
-
 def fit(
     device: AbstractMemristor,
     table: LoopTable,
@@ -119,7 +117,7 @@ def fit(
     parameters = FreeParameters.from_boxes(free)
     experiment = Experiment.from_table(table)
     fine = _ready(device, experiment, parameters)
-    coarse = coarsened(fine, _SEARCH_ERROR)
+    rough, coarse = (coarsened(fine, error) for error in (_EXPLORATION_ERROR, _DESCENT_ERROR))
     points = parameters.unbounded(parameters.draw(jax.random.key(seed), starts))
     history: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
@@ -146,8 +144,8 @@ def fit(
         seconds[name] = time.perf_counter() - began
         return found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
 
-    rough = search("search", coarse, points, _EXPLORATION)
-    settled = search("descend", coarse, rough.points, _DESCENT)
+    explored = search("search", rough, points, _EXPLORATION)
+    settled = search("descend", coarse, explored.points, _DESCENT)
     values = np.asarray(settled.values)
     if not np.any(np.isfinite(values)):
         return _failed(fine, parameters, experiment, "the likelihood is not finite from any start; "
@@ -170,11 +168,12 @@ def fit(
 
 def _ready(device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters) -> AbstractMemristor:
     if isinstance(device, IonMemristor) and isinstance(device.method, Automatic):
-        device = dataclasses.replace(device, method=StaticGrid(error=device.method.error))
+        device = dataclasses.replace(device, method=Lindblad(device.method.error))
     device = anchored(device)
     # Checks the names, and that the middle of the box is a device.
     parameters.apply(device, 0.5 * (parameters.low + parameters.high))
-    return planned(device, parameters.boxes, detuning_set_hz=experiment.largest_detuning_hz)
+    largest, solves = experiment.settings.largest_hz, experiment.solves_of_setting
+    return planned(device, parameters.boxes, detuning_set_hz=largest, solves=solves)
 
 
 def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
@@ -256,8 +255,7 @@ def _conclude(
     calibrated = parameters.apply(device, jnp.asarray(optimum))
     prediction, value, chi2 = _evaluate(calibrated, experiment, own_window)
     information = np.asarray(uncertainty.fisher_information(device, experiment, parameters, jnp.asarray(optimum)))
-    edge = uncertainty.at_edge(optimum, np.asarray(parameters.low), np.asarray(parameters.high))
-    cov = uncertainty.covariance(information, np.asarray(parameters.width), edge)
+    cov = uncertainty.covariance(information, np.asarray(parameters.width))
     found = uncertainty.estimates(parameters, optimum, cov)
     notes = uncertainty.sentences(parameters, found, cov)
     if own_window and table.r_set is not None:

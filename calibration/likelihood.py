@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calibration.data import LoopTable
 from calibration.parameters import with_window
-from twin.loop import AbstractMemristor
+from twin.loop import AbstractMemristor, Settings
 
 
 class Observations(eqx.Module):
@@ -66,8 +66,9 @@ class Experiment(eqx.Module):
     """A loop table in the form a device is run with: runs of pulse 1 that share their settings are listed once.
 
     Attributes:
-        x_set, detuning_1_hz, detuning_2_hz, r_set: settings of each row; `r_set` None if not recorded.
-        first_x_set, first_detuning_1_hz: the distinct runs of pulse 1 alone; `first_of` maps rows to them.
+        x_set, r_set: commands of each row; `r_set` None if not recorded.
+        settings: the distinct pairs of laser offsets, and which of them each row has.
+        first_x_set, first_setting: the distinct runs of pulse 1 alone; `first_of` maps rows to them.
         loops: rows of each loop in order, and its memory window (None: the device's own).
         x, y: the measured columns; None where the table lacks them.
         fed_x: measured input of each row for the feedback; NaN where not measured.
@@ -75,11 +76,10 @@ class Experiment(eqx.Module):
     """
 
     x_set: Float[Array, " rows"]
-    detuning_1_hz: Float[Array, " rows"]
-    detuning_2_hz: Float[Array, " rows"]
+    settings: Settings
     r_set: Float[Array, " rows"] | None
     first_x_set: Float[Array, " runs"]
-    first_detuning_1_hz: Float[Array, " runs"]
+    first_setting: Int[Array, " runs"]
     first_of: Int[Array, " rows"]
     loops: tuple[Int[Array, " cycles"], ...]
     windows: tuple[Float[Array, ""], ...] | None
@@ -91,8 +91,12 @@ class Experiment(eqx.Module):
     @classmethod
     def from_table(cls, table: LoopTable) -> "Experiment":
         """Prepares a validated table."""
-        settings = np.stack([table.x_set, table.detuning_1_set_hz], axis=1)
-        distinct, first_of = np.unique(settings, axis=0, return_inverse=True)
+        offsets = np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1)
+        offsets, setting = np.unique(offsets, axis=0, return_inverse=True)
+        setting = setting.ravel()
+        # Laser 2 plays no part in a run of pulse 1 alone: any setting with the same laser 1 will do.
+        runs = np.stack([table.x_set, table.detuning_1_set_hz], axis=1)
+        _, rows_of_runs, first_of = np.unique(runs, axis=0, return_index=True, return_inverse=True)
         labels = list(dict.fromkeys(table.loop.tolist()))
         rows = [np.flatnonzero(table.loop == label) for label in labels]
         windows = None
@@ -101,11 +105,10 @@ class Experiment(eqx.Module):
         x = _observations(table, "x")
         return cls(
             x_set=jnp.asarray(table.x_set),
-            detuning_1_hz=jnp.asarray(table.detuning_1_set_hz),
-            detuning_2_hz=jnp.asarray(table.detuning_2_set_hz),
+            settings=Settings(offsets[:, 0], offsets[:, 1], jnp.asarray(setting)),
             r_set=None if table.r_set is None else jnp.asarray(table.r_set),
-            first_x_set=jnp.asarray(distinct[:, 0]),
-            first_detuning_1_hz=jnp.asarray(distinct[:, 1]),
+            first_x_set=jnp.asarray(table.x_set[rows_of_runs]),
+            first_setting=jnp.asarray(setting[rows_of_runs]),
             first_of=jnp.asarray(first_of.reshape(-1)),
             loops=tuple(jnp.asarray(r) for r in rows),
             windows=windows,
@@ -126,9 +129,9 @@ class Experiment(eqx.Module):
         return int(sum(np.sum(np.asarray(column.measured)) for column in self.columns))
 
     @property
-    def largest_detuning_hz(self) -> float:
-        """Largest magnitude of the known laser offsets, Hz."""
-        return float(max(np.max(np.abs(np.asarray(d))) for d in (self.detuning_1_hz, self.detuning_2_hz)))
+    def solves_of_setting(self) -> float:
+        """Solves of both pulses that a setting takes on average; a run of pulse 1 alone is half of one."""
+        return (len(self.x_set) + 0.5 * len(self.first_x_set)) / self.settings.count
 
 
 def _observations(table: LoopTable, column: str) -> Observations | None:
@@ -168,23 +171,27 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
         experiment: the prepared table.
         own_window: use the device's `window_cycles` even where the table states one (a freed parameter).
     """
-    ones = jnp.ones(experiment.first_x_set.shape, bool)
-    settings = (experiment.first_x_set, jnp.zeros(ones.shape), experiment.first_detuning_1_hz, jnp.zeros(ones.shape))
+    respond = device.under(experiment.settings)
+    first_x, first_setting = experiment.first_x_set, experiment.first_setting
+    none = jnp.zeros_like(first_x)
     r = _known_transfers(device, experiment, own_window)
     if r is None:
-        first = device.respond(*settings, alone=True)
+        first = respond(first_x, none, alone=True, of_cycle=first_setting)
         p_x, x = (device.assigned(first.populations), device.signal(first.populations))
         p_x, x = p_x[experiment.first_of], x[experiment.first_of]
         fed = x if device.source == "model" else jnp.where(jnp.isfinite(experiment.fed_x), experiment.fed_x, p_x)
         r = _transfers(device, experiment, fed, own_window)
-        second = device.respond(experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz, alone=False)
+        second = respond(experiment.x_set, r, alone=False)
         valid = first.valid[experiment.first_of] & second.valid
         return Prediction(p_x, device.assigned(second.populations), r, valid)
     # All transfers are known beforehand: both kinds of run are one batch.
-    rows = (experiment.x_set, r, experiment.detuning_1_hz, experiment.detuning_2_hz)
-    alone = jnp.concatenate([ones, jnp.zeros(experiment.x_set.shape, bool)])
-    every = device.respond(*(jnp.concatenate(pair) for pair in zip(settings, rows, strict=True)), alone=alone)
-    p, split = device.assigned(every.populations), len(ones)
+    every = respond(
+        jnp.concatenate([first_x, experiment.x_set]),
+        jnp.concatenate([none, r]),
+        alone=jnp.arange(len(first_x) + len(experiment.x_set)) < len(first_x),
+        of_cycle=jnp.concatenate([first_setting, experiment.settings.of_cycle]),
+    )
+    p, split = device.assigned(every.populations), len(first_x)
     valid = every.valid[:split][experiment.first_of] & every.valid[split:]
     return Prediction(p[:split][experiment.first_of], p[split:], r, valid)
 
@@ -261,4 +268,4 @@ def replace_observations(
 
 def prepared(device: AbstractMemristor, experiment: Experiment) -> AbstractMemristor:
     """The device with its method and grid decided for the settings of a table."""
-    return device.prepared(experiment.x_set, experiment.detuning_1_hz, experiment.detuning_2_hz)
+    return device.prepared(experiment.x_set, experiment.settings)

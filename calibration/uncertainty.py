@@ -4,7 +4,6 @@ The expected Fisher information of independent cells with probability p_i and va
 F = sum_i (dp_i/dtheta)(dp_i/dtheta)^T / v_i; its inverse bounds the covariance of any unbiased estimate (Cramér-Rao).
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -15,9 +14,8 @@ from jaxtyping import Array, Float
 
 from calibration.likelihood import Experiment, cells, predict
 from calibration.parameters import FreeParameters, unit_of
-from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor
-from twin.memristor import IonMemristor
+from twin.planning import forward_mode
 
 _Z95 = 1.959963984540054
 # Closer to an edge than this share of the box, and the search was stopped by the box.
@@ -33,13 +31,6 @@ class Estimate:
     ci95: tuple[float, float]
     unit: str
     verdict: str
-
-
-def forward_mode(device: AbstractMemristor) -> AbstractMemristor:
-    """The device with its solver set for forward-mode derivatives."""
-    if isinstance(device, IonMemristor) and isinstance(device.method, StaticGrid):
-        return dataclasses.replace(device, method=dataclasses.replace(device.method, differentiation="forward"))
-    return device
 
 
 @eqx.filter_jit
@@ -64,18 +55,14 @@ def fisher_information(
     return (weights * slopes) @ slopes.T
 
 
-def covariance(fisher: np.ndarray, width: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Inverse of the information over the parameters that are not `fixed`, computed in units of the boxes.
+def covariance(fisher: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Inverse of the information, computed in units of the boxes.
 
-    Directions without information get a standard deviation of a million boxes rather than infinity. A fixed
-    (at-bound) parameter gets its conditional variance and no correlation.
+    Directions without information get a standard deviation of a million boxes rather than infinity. A parameter that
+    its box stopped is not taken as known: that would make the intervals of all that correlate with it too short.
     """
-    scaled = fisher * np.outer(width, width)
-    loose = np.flatnonzero(~fixed)
-    result = np.diag(1 / np.maximum(np.diag(scaled), 1e-12))
-    values, vectors = np.linalg.eigh(scaled[np.ix_(loose, loose)])
-    result[np.ix_(loose, loose)] = (vectors / np.maximum(values, 1e-12)) @ vectors.T
-    return result * np.outer(width, width)
+    values, vectors = np.linalg.eigh(fisher * np.outer(width, width))
+    return (vectors / np.maximum(values, 1e-12)) @ vectors.T * np.outer(width, width)
 
 
 def at_edge(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

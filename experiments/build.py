@@ -1,10 +1,9 @@
 """From the configuration to the device: the one place where tables become modules of the twin."""
 
 from experiments.schema import Config
-from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor
 from twin.memory import AbstractMemory, Exponential, MovingAverage
-from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor
+from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 
 _PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean phonon numbers up to 20
 
@@ -55,7 +54,8 @@ def device_from(config: Config) -> AbstractMemristor:
 
     Returns:
         A `PhotonicMemristor` or an `IonMemristor`. Of the latter the method is that of `engine`: "closed_form", the
-        integrated Lindblad equation on its static grid at `error`, or, for "auto", whichever `error` allows.
+        Lindblad equation at `error`, cycle by cycle or as a series in the pulse areas, whichever costs less; or, for
+        "auto", the closed form where `error` allows it.
 
     Raises:
         ValueError: a value that the tables allow but the device refuses; one sentence.
@@ -73,7 +73,7 @@ def device_from(config: Config) -> AbstractMemristor:
     methods = {
         "auto": lambda: Automatic(table.error),
         "closed_form": ClosedForm,
-        "lindblad": lambda: StaticGrid(table.error),
+        "lindblad": lambda: Lindblad(table.error),
     }
     varied = {*(config.fit.free if config.fit else ()), *(config.sweep.parameters if config.sweep else ())}
     moving = table.n_bar > 0 or table.heating_rate_per_s > 0 or "n_bar" in varied

@@ -152,17 +152,34 @@ def optimize(
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), metavar="STORE", help="Zarr store to create or to resume."
 )
+@click.option(
+    "--workers", type=click.IntRange(1), default=None, metavar="N", help="Compute in N processes here (Dask)."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Compute on a running Dask cluster; see docs/cluster.md.")
 @_seed
 @_set
 @_json
-def sweep(config: Path, out: Path, seed: int | None, sets: Sequence[str], as_json: bool) -> None:
-    """Run loops over a grid or a random set of parameters; an interrupted sweep goes on where it was."""
+def sweep(
+    config: Path,
+    out: Path,
+    workers: int | None,
+    scheduler: str | None,
+    seed: int | None,
+    sets: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Run loops over a grid, or a random, Sobol or Latin-hypercube set, of parameters; killed, it goes on where it was.
+
+    The same command resumes it.
+    """
     from experiments.config import load_config
     from experiments.records import check_output
 
+    if workers and scheduler:
+        raise click.UsageError("--workers starts a cluster and --scheduler uses one that runs; give one of them.")
     resolved = load_config(config, verb="sweep", sets=sets, seed=seed)
     check_output(out, resumable=True)
-    result = _pipeline("sweep", "run", resolved, out, resolved.seed_of("sweep"))
+    result = _pipeline("sweep", "run", resolved, out, resolved.seed_of("sweep"), workers or 0, scheduler or "")
     _finish(result, as_json, f"written to {out}")
 
 

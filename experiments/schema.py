@@ -251,15 +251,23 @@ class Optimize(Table):
 
 
 class Sweep(Table):
-    """Loops over a grid or a random set of named parameters."""
+    """Loops over a grid, or over a random, Sobol or Latin-hypercube set, of named parameters."""
 
     parameters: Annotated[dict[str, Axis], _within(PARAMETERS)] = _named(
         PARAMETERS, "at least one parameter as name = [low, high] or {low, high, points}, over [device] and the loop"
     )
-    design: Literal["grid", "random"] = Field("grid", description="full grid or uniformly random points")
-    points: int = _number(11, 1, _LARGEST_SWEEP, "", "points of each axis of a grid, or of the random set")
-    seed: int = _number(0, 0, _SEED, "", "seed of the random set and of the shot noise")
-    chunk: int = _number(256, 1, 1_000_000, "", "points computed in one call and stored together")
+    design: Literal["grid", "random", "sobol", "latin_hypercube"] = Field(
+        "grid", description="full grid, uniformly random points, scrambled Sobol set or Latin hypercube"
+    )
+    points: int = _number(11, 1, _LARGEST_SWEEP, "", "points of each axis of a grid, or of the whole set")
+    seed: int = _number(0, 0, _SEED, "", "seed of the set and of the shot noise")
+    memory_mb: float = _number(
+        2048.0, 1.0, 1e9, "MB", "memory that one process may take; on a GPU, what a chunk may take of its memory"
+    )
+    chunk: int | None = _number(
+        None, 1, 1_000_000, "", "points computed in one call and stored together (default: what memory_mb allows, "
+        "at most 4096 and about a 64th of the sweep)",
+    )  # fmt: skip
     loop: Loop = Field(Loop(), description="the loop that is run at every point")
 
     @model_validator(mode="after")
@@ -269,8 +277,9 @@ class Sweep(Table):
             if total > _LARGEST_SWEEP:
                 raise Refusal("points", f"gives a grid of {total} points, but at most {_LARGEST_SWEEP} are allowed")
         for name, axis in self.parameters.items():
-            if self.design == "random" and axis.points is not None:
-                raise Refusal(f"parameters.{name}.points", "belongs to a grid; a random set takes sweep.points")
+            if self.design != "grid" and axis.points is not None:
+                raise Refusal(f"parameters.{name}.points", f"belongs to a grid; design = '{self.design}' takes "
+                              "sweep.points; remove it")  # fmt: skip
         return self
 
 

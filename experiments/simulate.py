@@ -27,6 +27,7 @@ from twin.levels import SCHEMES
 from twin.loop import AbstractMemristor, Loop, sine_input
 from twin.loop import run as run_loop
 from twin.memristor import IonMemristor, planned
+from twin.planning import SOLVES_OF_CYCLE
 from twin.readout import standard_error
 
 TABLE = "table.csv"
@@ -70,7 +71,8 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
     settings = config.simulate.loops
     largest = max(max(abs(s.detuning_1_set_hz), abs(s.detuning_2_set_hz)) for s in settings)
     # One grid for the offsets of all loops, so that loops of one length are one program.
-    device = planned(device_from(config), {}, detuning_set_hz=largest)
+    cycles = min(one.periods * one.cycles_per_period + 1 for one in settings)
+    device = planned(device_from(config), {}, detuning_set_hz=largest, solves=SOLVES_OF_CYCLE * cycles)
     devices, loops, metrics = [], [], {}
     for k, one in enumerate(settings):
         out.log(f"loop {k + 1} of {len(settings)}, {one.label!r}: {one.periods * one.cycles_per_period + 1} cycles")

@@ -1,287 +1,147 @@
-"""`iontwin sweep`: one loop at many points of named parameters, in batches, into a Zarr store.
+"""`iontwin sweep`: one loop at many points of named parameters, in chunks, into a Zarr store.
 
-The store has one dimension, `point`. It is laid out whole with the first batch, with the status "pending" everywhere;
-each batch fills its region and then its statuses, so that a sweep that was interrupted goes on where it was.
+What it needs is told before it starts. Killed at any moment it goes on where it was: `experiments.store` says which
+chunks are done. They are computed here (`experiments.batch`) or by the workers of a cluster (`experiments.cluster`).
 """
 
 import contextlib
-import dataclasses
-import json
-import os
-import secrets
-import shutil
 import sys
-import tomllib
-from collections.abc import Callable, Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calibration.parameters import anchored, unit_of, with_parameters
-from experiments.build import device_from, memory_from
+from experiments import batch, designs
 from experiments.provenance import Stopwatch, provenance
-from experiments.records import OutputError
-from experiments.schema import Axis, Config, Loop, Sweep
-from experiments.simulate import last_period, settled
-from twin import hysteresis
-from twin.dynamics import StaticGrid
-from twin.loop import AbstractMemristor, sine_input
-from twin.loop import run as run_loop
-from twin.memristor import Automatic, ClosedForm, IonMemristor, planned
+from experiments.schema import Config
+from experiments.simulate import settled
+from experiments.store import INVALID, METRICS, OK, PENDING, SweepStore
 
-PENDING, OK, INVALID = 0, 1, 2
-METRICS = {
-    "signed_area": "closed integral of y dx over the last period",
-    "form_factor": "4 pi |area| / perimeter^2 of the last period",
-    "pinch_offset": "distance of the loop from the origin",
-    "rms_obedience": "rms of y - (1 - r) x_set over the cycles of the last period",
-}
-_FORMAT: Any = 2  # of Zarr: the one whose consolidated metadata every reader knows
-_BOUND_SLICE = 100_000
+Computed = Iterator[tuple[int, dict[str, np.ndarray]]]
 
 
-def run(config: Config, store: Path, seed: int) -> dict[str, Any]:
+def run(config: Config, store: Path, seed: int, workers: int = 0, scheduler: str = "") -> dict[str, Any]:
     """Run the sweep of a configuration, or what is left of it.
 
     Args:
         config: with a table [sweep].
         store: Zarr store to create, or one that the same configuration has begun.
-        seed: of the random design and of the shot noise; every point has its own key.
+        seed: of the design and of the shot noise; every point has its own key.
+        workers: processes of a Dask cluster to start on this machine; 0 computes in this process.
+        scheduler: address of a running Dask scheduler whose workers compute.
 
     Returns:
-        {"status", "store", "points", "ok", "invalid", "resumed_at", "method", "seconds", ...}.
+        {"status", "store", "points", "ok", "invalid", "resumed_at", "method", "estimate", "seconds", ...}.
 
     Raises:
         OutputError: the store is of another configuration, or of something else.
+        ValueError: the memory is too little, or there is no such cluster.
     """
     assert config.sweep is not None
-    clock = Stopwatch()
-    sweep, store = config.sweep, Path(store)
-    points = design(sweep, seed)
-    names, size = tuple(points), len(next(iter(points.values())))
-    begun = store.is_dir() and any(store.iterdir())
-    status = _statuses(store, config) if begun else np.full(size, PENDING, np.int8)
-    resumed = int(np.sum(status != PENDING))
-    device = _device(config, points)
-    key = jax.random.key(seed)
-    with _progress(size, resumed) as update:
-        for begin in range(0, size, sweep.chunk):
-            region = slice(begin, min(begin + sweep.chunk, size))
-            if np.all(status[region] != PENDING):
-                continue
-            # The last batch repeats its last point, so that every batch is the same program.
-            index = np.minimum(np.arange(begin, begin + sweep.chunk), size - 1)
-            values = np.stack([points[name][index] for name in names], axis=1)
-            found = _batch(device, sweep.loop, names, jnp.asarray(values), jnp.asarray(index), key)
-            kept = {name: np.asarray(value)[: region.stop - begin] for name, value in found.items()}
-            if not begun:  # what fails before its first numbers leaves nothing behind
-                _create(store, config, points)
-                begun = True
-            status[region] = np.where(kept.pop("valid"), OK, INVALID)
-            _fill(store, region, kept)
-            _fill(store, region, {"status": status[region]})
-            update(int(np.sum(status != PENDING)))
+    clock, path, size = Stopwatch(), Path(store), designs.size_of(config.sweep)
+    begun = SweepStore.begun(path, config, seed)
+    resumed = 0 if begun is None else int(np.sum(begun.status != PENDING))
+    estimate, facts = None, {}
+    if begun is None or resumed < size:
+        with _computer(workers, scheduler) as (prepare, compute, processes):
+            job = batch.Job(config.to_toml(), seed)
+            plan = prepare(job if begun is None else job._replace(chunk=begun.chunk, method=begun.method))
+            estimate, facts = _estimate(plan, size - resumed, processes()), plan.facts
+            print(_told(plan, config, estimate), file=sys.stderr, flush=True)
+            job = plan.job
+            if begun is None:  # what fails before its first numbers leaves nothing behind
+                begun = SweepStore.lay_out(path, config, seed, chunk=job.chunk, method=job.method, facts=facts)
+            with _progress(size, done := resumed) as update:
+                for begin, numbers in compute(job, begun.pending()):
+                    begun.write(begin, numbers)
+                    update(done := done + len(numbers["status"]))
+    status = begun.status
     return {
         "status": "done",
-        "store": store,
+        "store": path,
         "points": size,
         "ok": int(np.sum(status == OK)),
         "invalid": int(np.sum(status == INVALID)),
         "resumed_at": resumed,
-        "method": _method(device),
-        "notes": _notes(config, points),
+        "method": begun.method,
+        "estimate": estimate,
+        "notes": _notes(config),
         "seed": seed,
         "seconds": clock.stop(),
-        **provenance(),
+        **(facts or provenance()),
     }
 
 
-def design(sweep: Sweep, seed: int) -> dict[str, np.ndarray]:
-    """Every parameter at every point: a full grid (the last parameter changes fastest) or uniformly random points.
+@contextlib.contextmanager
+def _computer(workers: int, scheduler: str) -> Generator[tuple[Callable, Callable[..., Computed], Callable[[], int]]]:
+    """Yields what makes the plan, what computes chunks, and the number of chunks that are computed at once."""
+    if not workers and not scheduler:
+        yield batch.prepare, _here, lambda: 1
+        return
+    try:
+        from experiments import cluster
+    except ModuleNotFoundError as error:
+        option = "--workers" if workers else "--scheduler"
+        raise ValueError(
+            f"{option} needs Dask ({error.name} is missing); pip install 'ion-memristor-twin[cluster]'."
+        ) from None
+    with cluster.connected(workers, scheduler) as client:
+        yield (
+            lambda job: cluster.plan(client, job),
+            lambda job, chunks: cluster.computed(client, job, chunks),
+            lambda: max(1, cluster.threads(client)),
+        )
 
-    Args:
-        sweep: parameters with their ranges.
-        seed: of the random points.
 
-    Returns:
-        {name: values}, shape (points,) each.
-    """
-    axes: Mapping[str, Axis] = sweep.parameters
-    if sweep.design == "random":
-        rng = np.random.default_rng(seed)
-        return {name: rng.uniform(axis.low, axis.high, sweep.points) for name, axis in axes.items()}
-    lines = [np.linspace(axis.low, axis.high, axis.points or sweep.points) for axis in axes.values()]
-    return {name: grid.ravel() for name, grid in zip(axes, np.meshgrid(*lines, indexing="ij"), strict=True)}
+def _here(job: batch.Job, chunks: Iterator[tuple[int, np.ndarray]]) -> Computed:
+    for begin, values in chunks:
+        yield begin, batch.compute(job, begin, values)
 
 
-def _device(config: Config, points: dict[str, np.ndarray]) -> AbstractMemristor:
-    """The device with method and grid settled for every point, so that points may be traced.
+def _estimate(plan: batch.Plan, left: int, processes: int) -> dict[str, Any]:
+    return {
+        "chunk": plan.job.chunk,
+        "memory_mb": plan.memory_mb,
+        "seconds_a_point": plan.seconds_a_point,
+        "points_timed": plan.probed,
+        "processes": processes,
+        "seconds": plan.seconds_a_point * left / processes,
+    }
 
-    A swept width is the actual one; the controller goes on believing in the configured one, as in a fit.
-    """
+
+def _told(plan: batch.Plan, config: Config, estimate: dict[str, Any]) -> str:
+    """The estimate in words, with how it was obtained."""
     assert config.sweep is not None
-    loop, device = config.sweep.loop, device_from(config)
-    device = anchored(dataclasses.replace(device, memory=memory_from(config, loop.window_cycles)))
-    if not isinstance(device, IonMemristor):
-        return device
-    if isinstance(device.method, Automatic):
-        error = device.method.error
-        resolved = ClosedForm() if _largest_error(device, config.sweep, points) <= error else StaticGrid(error)
-        device = dataclasses.replace(device, method=resolved)
-    box = {name: (float(values.min()), float(values.max())) for name, values in points.items()}
-    offset = max(abs(loop.detuning_1_set_hz), abs(loop.detuning_2_set_hz))
-    return planned(device, box, detuning_set_hz=offset)
+    size, chunk, processes = designs.size_of(config.sweep), plan.job.chunk, estimate["processes"]
+    columns = len(METRICS) + len(config.sweep.parameters)
+    where = f"{processes} workers, {plan.facts['device']}" if processes > 1 else plan.facts["device"]
+    return (
+        f"sweep: {size} points in {-(-size // chunk)} chunks of {chunk} by the {plan.job.method} on {where}\n"
+        f"sweep: memory about {plan.memory_mb:.0f} MB a process ({plan.process_mb:.0f} MB so far, "
+        f"{plan.chunk_mb:.2g} MB for a chunk by the compiler's account; limit {config.sweep.memory_mb:g} MB), "
+        f"store at most {size * (8 * columns + 1) / 1e6:.3g} MB\n"
+        f"sweep: time about {_duration(estimate['seconds'])} "
+        f"({1e3 * plan.seconds_a_point:.3g} ms a point, timed on {plan.probed})"
+    )
 
 
-def _largest_error(device: IonMemristor, sweep: Sweep, points: dict[str, np.ndarray]) -> float:
-    """Largest error of the closed form at any point, whatever is commanded: it grows with the areas."""
-    own = {name: values for name, values in points.items() if name != "window_cycles"}
-    size, worst = len(next(iter(points.values()))), 0.0
-    offsets = (sweep.loop.detuning_1_set_hz, sweep.loop.detuning_2_set_hz)
-    for begin in range(0, size, _BOUND_SLICE):
-        values = {name: jnp.asarray(column[begin : begin + _BOUND_SLICE]) for name, column in own.items()}
-        some = dataclasses.replace(device, **values)
-        for x in (0.0, 1.0):  # the V scheme's pulse 1 is longest for x = 0
-            worst = max(worst, float(jnp.max(some.closed_form_error(jnp.asarray(x), jnp.asarray(1.0), *offsets))))
-    return worst
-
-
-def _notes(config: Config, points: dict[str, np.ndarray]) -> list[str]:
+def _notes(config: Config) -> list[str]:
     """What a reader must know to trust the numbers, in sentences."""
     assert config.sweep is not None
-    loop = config.sweep.loop
-    longest = float(np.max(points.get("window_cycles", loop.window_cycles or config.memory.window_cycles)))
-    if settled(config, loop, longest):
-        return []
-    return [
-        f"Where the window is long ({longest:g} cycles at most), the last of {loop.periods} periods is not yet steady: "
-        "the memory still holds the history before the first cycle; take more periods."
-    ]
-
-
-def _method(device: AbstractMemristor) -> str:
-    integrated = isinstance(device, IonMemristor) and isinstance(device.method, StaticGrid)
-    return "static grid" if integrated else "closed form"
-
-
-@eqx.filter_jit
-def _batch(
-    device: AbstractMemristor, loop: Loop, names: tuple[str, ...], values: jax.Array, index: jax.Array, key: jax.Array
-) -> dict[str, jax.Array]:
-    """Metrics and validity of a batch of points; a bad point is NaN and spoils no other."""
-    x_set = sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period)
-    last = last_period(loop)
-
-    def one(point) -> dict[str, jax.Array]:
-        numbers, k = point
-        played = run_loop(
-            with_parameters(device, {name: numbers[j] for j, name in enumerate(names)}),
-            x_set,
-            detuning_1_set_hz=loop.detuning_1_set_hz,
-            detuning_2_set_hz=loop.detuning_2_set_hz,
-            shots=loop.shots or None,
-            key=jax.random.fold_in(key, k) if loop.shots else None,
+    sweep, loop = config.sweep, config.sweep.loop
+    notes = [said for said in (designs.remark(sweep),) if said]
+    swept = sweep.parameters.get("window_cycles")
+    longest = swept.high if swept else loop.window_cycles or config.memory.window_cycles
+    if not settled(config, loop, longest):
+        notes.append(
+            f"Where the window is long ({longest:g} cycles at most), the last of {loop.periods} periods is not yet "
+            "steady: the memory still holds the history before the first cycle; take more periods."
         )
-        x, y = played.x[last], played.y[last]
-        found = {
-            "signed_area": hysteresis.signed_area(x, y),
-            "form_factor": hysteresis.form_factor(x, y),
-            "pinch_offset": hysteresis.pinch_offset(x, y),
-            "rms_obedience": jnp.sqrt(jnp.mean((y - (1 - played.r[last]) * x_set[last]) ** 2)),
-        }
-        # A loop that does not close within its periods has no area.
-        return {**found, "valid": jnp.all(played.valid) & jnp.isfinite(found["signed_area"])}
-
-    # One point after another: the cycles of a point fill the vector units, and its arrays stay in the cache. Under vmap
-    # the loop over solver stages runs ten times slower.
-    return jax.lax.map(one, (values, index))
-
-
-def _create(store: Path, config: Config, points: dict[str, np.ndarray]) -> None:
-    """Lay out the store with its design and nothing done, whole or not at all."""
-    sweep = config.sweep
-    assert sweep is not None
-    size = len(next(iter(points.values())))
-    numbers = {
-        name: ("point", np.full(size, np.nan), {"units": "1", "long_name": text}) for name, text in METRICS.items()
-    }
-    flags = {"flag_values": [PENDING, OK, INVALID], "flag_meanings": "pending ok invalid"}
-    dataset = xr.Dataset(
-        {**numbers, "status": ("point", np.full(size, PENDING, np.int8), flags)},
-        coords={name: ("point", values, {"units": unit_of(name) or "1"}) for name, values in points.items()},
-        attrs={
-            "config": config.to_toml(),
-            "design": sweep.design,
-            "axes": json.dumps(_axes(sweep)),
-            **_flat(provenance()),
-        },
-    )
-    new = store.with_name(f".{store.name}.partial-{secrets.token_hex(4)}")
-    encoding = {str(name): {"chunks": (min(sweep.chunk, size),)} for name in dataset.variables}
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        dataset.to_zarr(new, mode="w", zarr_format=_FORMAT, consolidated=True, encoding=encoding)
-        os.replace(new, store)
-    except OSError as error:
-        raise OutputError(f"{store}: this cannot be written ({error.strerror}); name another with --out.") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _axes(sweep: Sweep) -> dict[str, Any]:
-    points = None if sweep.design == "random" else sweep.points
-    return {name: [axis.low, axis.high, axis.points or points] for name, axis in sweep.parameters.items()}
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Attributes of a store are plain text."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-
-
-def _statuses(store: Path, config: Config) -> np.ndarray:
-    """What is done of a store that this configuration has begun."""
-    try:
-        with xr.open_zarr(store) as found:
-            begun, status = found.attrs.get("config"), found["status"].values.copy() if "status" in found else None
-    except (OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{store}: this Zarr store cannot be read ({error}); name a new one with --out.") from None
-    if begun is None or status is None:
-        raise OutputError(f"{store}: this Zarr store is not one of a sweep; name a new one with --out.")
-    key = _difference(tomllib.loads(begun), tomllib.loads(config.to_toml()))
-    if key:
-        raise OutputError(
-            f"{store}: this sweep was begun with another {key}; resume it with its own configuration, "
-            "or name a new store with --out."
-        )
-    return status
-
-
-def _difference(
-    begun: Mapping[str, Any], now: Mapping[str, Any], tables: tuple[str, ...] = ("device", "memory", "sweep")
-):
-    """Path of the first key that differs in the tables of a sweep; empty if none does."""
-    for name in dict.fromkeys([*begun, *now]):
-        if tables and name not in tables:
-            continue
-        a, b = begun.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            if inner := _difference(a, b, ()):
-                return f"{name}.{inner}"
-        elif a != b:
-            return name
-    return ""
-
-
-def _fill(store: Path, region: slice, columns: Mapping[str, np.ndarray]) -> None:
-    dataset = xr.Dataset({name: ("point", values) for name, values in columns.items()})
-    dataset.to_zarr(store, region={"point": region}, zarr_format=_FORMAT, consolidated=False)
+    return notes
 
 
 @contextlib.contextmanager
@@ -290,18 +150,33 @@ def _progress(size: int, done: int) -> Generator[Callable[[int], None]]:
     console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("points"))
     bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600.0,  # s; a chunk may take longer than the 30 s over which the speed is else averaged
     )
     task = bar.add_task("sweep", total=size, completed=done)
-    told = -1
+    told, first, began = -1, done, time.monotonic()
 
     def update(done: int) -> None:
         nonlocal told
         bar.update(task, completed=done)
         if not console.is_terminal and (tenth := 10 * done // size) > told:
             told = tenth
-            print(f"sweep: {done} of {size} points", file=sys.stderr, flush=True)
+            left = ""
+            if first < done < size:
+                left = f", about {_duration((time.monotonic() - began) * (size - done) / (done - first))} left"
+            print(f"sweep: {done} of {size} points{left}", file=sys.stderr, flush=True)
 
     with bar:
         update(done)
         yield update
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

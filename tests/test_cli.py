@@ -62,7 +62,7 @@ def with_seed(seed, out):
 stage("simulate", "run", lambda config, out, seed: with_seed(seed, out))
 stage("calibrate", "run", lambda config, table, out, seed: with_seed(seed + 0 * len(table), out))
 stage("optimize", "run", lambda config, fit_run, out, seed: with_seed(seed, out))
-stage("sweep", "run", lambda config, store, seed: with_seed(seed, None))
+stage("sweep", "run", lambda config, store, seed, workers, scheduler: with_seed(seed, None))
 stage("report", "rewrite", lambda run: behave(None))
 stage("doctor", "run", lambda: behave(None))
 stage("reproduce", "run", lambda name: [

@@ -24,7 +24,7 @@ from calibration.control import (
 from calibration.parameters import anchored
 from twin.dynamics import Adaptive, StaticGrid
 from twin.hysteresis import form_factor, signed_area
-from twin.loop import run, sine_input
+from twin.loop import Settings, run, sine_input
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import IonMemristor
 
@@ -120,7 +120,7 @@ def test_a_commanded_width_scales_the_actual_one():
 
 def test_the_gradient_of_obedience_through_the_dynamics():
     device = anchored(faulty(laser_linewidth_hz=200.0, lifetime_s=10e-3))
-    device = device.prepared(jnp.ones(1), jnp.zeros(1), jnp.zeros(1))
+    device = device.prepared(jnp.ones(1), Settings())
     values = {"amplitude_1": 0.97, "sigma_2_s": 21e-6, "separation_s": 105e-6, "detuning_1_set_hz": -600.0}
 
     @eqx.filter_jit

@@ -217,12 +217,17 @@ class Recorder(AbstractMemristor):
     inner: AbstractMemristor
     lanes: list
 
-    def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz):
+    def prepared(self, x_set, settings):
         return self
 
-    def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone):
-        self.lanes.append(x_set.size)
-        return self.inner.respond(x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, alone=alone)
+    def under(self, settings):
+        respond = self.inner.under(settings)
+
+        def noted(x_set, r_set, **how):
+            self.lanes.append(x_set.size)
+            return respond(x_set, r_set, **how)
+
+        return noted
 
     def signal(self, populations):
         return self.inner.signal(populations)
@@ -237,7 +242,8 @@ def test_runs_of_pulse_1_that_share_their_settings_are_listed_once():
     assert experiment.first_x_set.shape == (42,)
     assert len({*zip(table.x_set.tolist(), table.detuning_1_set_hz.tolist(), strict=True)}) == 42
     np.testing.assert_array_equal(experiment.first_x_set[experiment.first_of], table.x_set)
-    np.testing.assert_array_equal(experiment.first_detuning_1_hz[experiment.first_of], table.detuning_1_set_hz)
+    laser_1 = experiment.settings.detuning_1_hz[experiment.first_setting]
+    np.testing.assert_array_equal(laser_1[experiment.first_of], table.detuning_1_set_hz)
     assert experiment.n_data == 2 * 363
 
 
@@ -421,7 +427,7 @@ def test_the_gradient_through_the_dynamics_with_every_parameter():
         "laser_linewidth_2_hz": 60.0, "sigma_1_s": 20.4e-6, "sigma_2_s": 19.3e-6, "separation_s": 104e-6,
         "lead_s": 90e-6, "tail_s": 95e-6, "lifetime_s": 5e-3, "branching": 0.4, "window_cycles": 3.3,
     }  # fmt: skip
-    device = anchored(realistic(method=StaticGrid(), memory=MovingAverage(3.3)))
+    device = anchored(realistic(method=StaticGrid(1e-10), memory=MovingAverage(3.3)))
     device = dataclasses.replace(device, **{k: v for k, v in values.items() if k != "window_cycles"})
     exact, differences = gradients(prepared(device, experiment), experiment, values, 3e-3)
     assert np.all(np.abs(exact) > 0)

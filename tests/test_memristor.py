@@ -254,7 +254,7 @@ def test_mean_phonon_number_has_a_derivative_at_zero():
 
 
 def test_gradients_through_the_full_dynamics():
-    base = IonMemristor(memory=MovingAverage(2.5), source="model", steps=(48, 96))
+    base = IonMemristor(memory=MovingAverage(2.5), source="model", method=StaticGrid(), steps=(48, 96))
     x = jnp.array([0.1, 0.6, 0.9, 0.4])
     values = {
         "rabi_scale_1": 0.95,

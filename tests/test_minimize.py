@@ -123,12 +123,25 @@ def test_running_out_of_iterations_is_not_convergence():
     assert float(found.values[0]) > 1e-3
 
 
-def test_the_loss_reported_is_that_of_the_point():
-    """The last step may have gone further than the loss that was last evaluated, but not up."""
+@STAGES
+def test_the_loss_reported_is_that_of_the_point(stage):
     args = (jnp.array(1.0), jnp.array(100.0))
-    found = minimize(rosenbrock, args, starts(3), LBFGS._replace(iterations=17))
+    found = minimize(rosenbrock, args, starts(3), stage._replace(iterations=17))
     there = jax.vmap(lambda p: rosenbrock(p, args, ()))(found.points)
-    assert np.all(np.asarray(there) <= np.asarray(found.values))
+    np.testing.assert_allclose(found.values, there, rtol=1e-12)
+
+
+@STAGES
+def test_an_iteration_is_one_evaluation(stage):
+    """The loss stands once in each program."""
+    traces = []
+
+    def counting(point, args, each):
+        traces.append(None)
+        return quadratic(point, args, each)
+
+    minimize(counting, (jnp.zeros(2), 3.0), starts(2), stage._replace(iterations=3), each=jnp.zeros((2, 2)))
+    assert len(traces) == 1
 
 
 def test_progress_is_told_after_each_chunk():

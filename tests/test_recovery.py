@@ -16,7 +16,7 @@ from calibration.fit import _POLISH, _loss, _ready, _scales, fit
 from calibration.likelihood import Experiment, predict, replace_observations
 from calibration.parameters import FreeParameters
 from twin.dynamics import StaticGrid
-from twin.memristor import planned
+from twin.memristor import Lindblad, planned
 from twin.readout import sample_counts
 
 BOXES = {
@@ -70,7 +70,7 @@ def test_intervals_cover_the_truth():
 @pytest.mark.slow
 def test_intervals_of_the_full_dynamics_cover_the_truth():
     """Lindblad: all seven parameters of the demo, under its settings."""
-    device = tables.ion(method=StaticGrid())
+    device = tables.ion(method=Lindblad())
     assert_intervals_cover(device, read_table(DEMO), BOXES, TRUTH, starts=3, least=5, fewest=20)
 
 
@@ -78,7 +78,7 @@ def test_intervals_of_the_full_dynamics_cover_the_truth():
 def test_scatter_of_200_refits_is_the_cramer_rao_bound():
     """The demo's settings and transfers; every refit begins at the truth, in coordinates whitened there."""
     free, experiment = FreeParameters.from_boxes(BOXES), Experiment.from_table(read_table(DEMO))
-    device = _ready(tables.ion(method=StaticGrid(error=1e-7)), experiment, free)
+    device = _ready(tables.ion(method=Lindblad(1e-7)), experiment, free)
     truth = jnp.array([TRUTH[name] for name in free.names])
     origin = free.unbounded(truth)[None]
     scales = _scales(device, experiment, free, origin)

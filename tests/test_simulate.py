@@ -20,9 +20,8 @@ from experiments.build import device_from, memory_from
 from experiments.config import Config, parse_config
 from experiments.records import Run, RunFolder
 from experiments.schema import Device
-from twin.dynamics import StaticGrid
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor
+from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 
 ROOT = Path(__file__).parents[1]
 LOOP = {"label": "A", "cycles_per_period": 40, "periods": 2, "window_cycles": 10.0}
@@ -41,7 +40,7 @@ def simulated(path: Path, settings: Config, seed: int = 1) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("engine", "method"), [("auto", Automatic), ("closed_form", ClosedForm), ("lindblad", StaticGrid)]
+    ("engine", "method"), [("auto", Automatic), ("closed_form", ClosedForm), ("lindblad", Lindblad)]
 )
 def test_the_engine_is_the_method(engine, method):
     device = device_from(config(engine=engine, error=1e-6))

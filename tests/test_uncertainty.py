@@ -16,7 +16,8 @@ from calibration.parameters import FreeParameters
 from calibration.uncertainty import Estimate
 from twin.dynamics import StaticGrid
 from twin.memory import AbstractMemory, MovingAverage
-from twin.memristor import PhotonicMemristor
+from twin.memristor import AreaSeries, PhotonicMemristor
+from twin.planning import forward_mode
 
 FREE = FreeParameters.from_boxes(tables.SCALES | tables.READOUT)
 TRUTH = jnp.array([tables.TRUTH[name] for name in FREE.names])
@@ -164,12 +165,11 @@ def test_a_new_value_or_table_does_not_retrace():
     assert len(traces) == seen > 0
 
 
-def test_forward_mode_is_asked_of_the_static_grid_alone():
-    device = tables.ion(method=StaticGrid())
-    assert uncertainty.forward_mode(device).method.differentiation == "forward"
-    assert device.method.differentiation != "forward"
+def test_forward_mode_is_asked_of_grids_alone():
+    direct, series = (forward_mode(tables.ion(method=method)).method for method in (StaticGrid(), AreaSeries()))
+    assert direct.differentiation == series.grid.differentiation == "forward"
     for other in (tables.ion(), PhotonicMemristor(memory=MovingAverage(3.0))):
-        assert uncertainty.forward_mode(other) is other
+        assert forward_mode(other) is other
 
 
 # ------------------------------------------------------------------------------------------------ covariance
@@ -183,26 +183,18 @@ def random_information(n: int) -> np.ndarray:
 def test_covariance_is_the_inverse_whatever_the_units():
     width = np.array([0.6, 1e4, 2e-5, 0.05])
     information = random_information(4) / np.outer(width, width)
-    cov = uncertainty.covariance(information, width, np.zeros(4, bool))
+    cov = uncertainty.covariance(information, width)
     np.testing.assert_allclose(cov / np.outer(width, width), np.linalg.inv(random_information(4)), rtol=1e-9)
-
-
-def test_a_fixed_parameter_gets_its_conditional_variance_and_no_correlation():
-    information = random_information(3)
-    cov = uncertainty.covariance(information, np.ones(3), np.array([False, True, False]))
-    np.testing.assert_allclose(cov[1], [0.0, 1 / information[1, 1], 0.0])
-    rest = np.ix_([0, 2], [0, 2])
-    np.testing.assert_allclose(cov[rest], np.linalg.inv(information[rest]), rtol=1e-9)
 
 
 def test_a_direction_without_information_is_a_million_boxes_wide():
     width = np.array([2.0, 0.5, 100.0])
     direction = np.array([1.0, 1.0, 0.0]) / np.sqrt(2)
     scaled = 100.0 * (np.eye(3) - np.outer(direction, direction))
-    cov = uncertainty.covariance(scaled / np.outer(width, width), width, np.zeros(3, bool))
+    cov = uncertainty.covariance(scaled / np.outer(width, width), width)
     np.testing.assert_allclose(np.sqrt(np.diag(cov)), [2e6 / np.sqrt(2), 0.5e6 / np.sqrt(2), 10.0], rtol=1e-6)
     np.testing.assert_allclose(uncertainty.correlation(cov)[0, 1], 1.0, atol=1e-6)
-    nothing = uncertainty.covariance(np.zeros((2, 2)), np.ones(2), np.zeros(2, bool))
+    nothing = uncertainty.covariance(np.zeros((2, 2)), np.ones(2))
     np.testing.assert_allclose(nothing, 1e12 * np.eye(2))
 
 

@@ -112,9 +112,9 @@ class _Shard(eqx.Module):
     """
 
     rows: tuple
-    state: Float[Array, "components ..."]
     shared_save_s: Float[Array, "saves"] | None
     pure: bool = eqx.field(static=True)
+    kept: tuple[int, ...] = eqx.field(static=True)
 
 
 @eqx.filter_jit
@@ -124,7 +124,7 @@ def _cut(problem: Problem, shape: tuple[int, ...], block: int, shards: int) -> l
     blocks = math.ceil(lanes / block / shards)
     shared = problem.save_s.reshape(-1) if math.prod(problem.save_s.shape[1:]) == 1 else None
     save_s = None if shared is not None else broadcast_batch(problem.save_s, shape, 1)
-    rows = (*broadcast_batch((problem.system, problem.pulses, problem.window_s), shape), save_s)
+    rows = (*broadcast_batch((problem.system, problem.pulses, problem.window_s), shape), save_s, problem.state)
 
     def pieces(leaf):
         lead = leaf.shape[: leaf.ndim - len(shape)]
@@ -133,8 +133,8 @@ def _cut(problem: Problem, shape: tuple[int, ...], block: int, shards: int) -> l
         return jnp.moveaxis(flat.reshape(*lead, shards, blocks, block), (-3, -2), (0, 1))
 
     pieced = jax.tree.map(pieces, rows)
-    state = problem.state.reshape(-1)
-    return [_Shard(jax.tree.map(lambda a, k=k: a[k], pieced), state, shared, problem.pure) for k in range(shards)]
+    rows_of = lambda k: jax.tree.map(lambda a: a[k], pieced)
+    return [_Shard(rows_of(k), shared, problem.pure, problem.kept) for k in range(shards)]
 
 
 @eqx.filter_jit
@@ -142,9 +142,9 @@ def _run(shard: _Shard, method, at_end: bool, reduce) -> Any:
     """What is kept of a shard, its lanes last."""
 
     def one(rows):
-        system, pulses, window, save_s = rows
+        system, pulses, window, save_s, state = rows
         saves = shard.shared_save_s if save_s is None else save_s
-        problem = Problem(system, pulses, window, shard.pure, saves, shard.state)
+        problem = Problem(system, pulses, window, shard.pure, shard.kept, saves, state)
         solution = solve(problem, window[0].shape, method, at_end)[0]
         return solution if reduce is None else reduce(solution)
 

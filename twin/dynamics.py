@@ -7,6 +7,7 @@ the pulses, one lane at a time; the reference, and the way for stiff rates.
 """
 
 import dataclasses
+from functools import partial
 
 import diffrax
 import equinox as eqx
@@ -16,15 +17,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from twin import grid as grids
-from twin import magnus
+from twin import magnus, runge_kutta
 from twin.batching import batch_shape, broadcast_batch, check_values, is_traced, physical, real_array
 from twin.levels import LevelSystem
 from twin.master_equation import (
     lindblad_components,
-    lindblad_rhs,
     pack_density,
+    reached,
     schroedinger_components,
-    schroedinger_rhs,
+    turned_back,
+    turning,
 )
 from twin.pulses import AbstractPulse, Drive
 
@@ -118,24 +120,47 @@ class Solution(eqx.Module):
     error_estimate: Float[Array, "..."]
 
 
-class Problem(eqx.Module):
-    """An evolution that has been checked: what `solve` integrates."""
+class Problem(runge_kutta.AbstractEquation):
+    """An evolution that has been checked: what `solve` integrates.
+
+    `state` holds only the components that this graph and start can reach (`kept`): one pulse from a level reaches five
+    of nine.
+    """
 
     system: LevelSystem
     pulses: tuple[AbstractPulse, ...]
     window_s: tuple[Float[Array, "..."], Float[Array, "..."]]
     pure: bool = eqx.field(static=True)
+    kept: tuple[int, ...] = eqx.field(static=True)
     save_s: Float[Array, "saves ..."] = physical(1)
     state: Float[Array, "components ..."] = physical(1)
 
     def drives(self, time: grids.StageTime) -> list[Drive]:
-        """Each pulse's drive; a leading axis of stages may come before the batch."""
-        return [pulse.drive(time.t_s, time.within_s) for pulse in self.pulses]
+        """Each pulse's drive, turning; a leading axis of stages may come before the batch."""
+        drives = [pulse.drive(time.t_s, time.within_s) for pulse in self.pulses]
+        return turning(self.system, drives, time.t_s - self.window_s[0])
 
-    @property
-    def rhs(self):
-        """The right-hand side, `rhs(system, drives, state)`."""
-        return schroedinger_rhs if self.pure else lindblad_rhs
+    def rhs(self, system: LevelSystem, drives: list[Drive], state: Float[Array, "components ..."]) -> Array:
+        """d state / dt in the interaction picture, 1/s."""
+        return jnp.stack(self.slopes(system, drives, tuple(state), rotating=False))
+
+    def slopes(
+        self, system: LevelSystem, drives: list[Drive], state: tuple[Float[Array, "..."], ...], *, rotating: bool
+    ) -> list[Float[Array, "..."]]:
+        """d state / dt component by component: arrays that are never stacked are never copied."""
+        n = len(system.levels)
+        parts: list = [None] * (2 * n if self.pure else n * n)
+        for k, part in zip(self.kept, state, strict=True):
+            parts[k] = part
+        components = schroedinger_components if self.pure else lindblad_components
+        slopes = components(system, drives, parts, rotating=rotating)
+        return [jnp.zeros_like(state[0]) if slopes[k] is None else slopes[k] + 0 * state[0] for k in self.kept]
+
+    def whole(self, state: Float[Array, "saves kept ..."]) -> Float[Array, "saves components ..."]:
+        """All components."""
+        n = len(self.system.levels)
+        full = jnp.zeros((len(state), 2 * n if self.pure else n * n, *state.shape[2:]), state.dtype)
+        return full.at[:, np.array(self.kept)].set(state)
 
 
 def evolve(
@@ -152,7 +177,7 @@ def evolve(
     Main arguments:
         system: the graph; `couplings[k]` is driven by `pulses[k]`. Fewer pulses leave the last couplings undriven.
         pulses: the waveforms. Numbers in `system`, `pulses` and `window_s` may have trailing batch axes.
-        start: a level's name, a ket of shape (levels,), or a density matrix of shape (levels, levels).
+        start: a level's name, a ket of shape (levels,), or a Hermitian matrix of shape (levels, levels, *batch).
         window_s: beginning and end of the evolution, s.
 
     Other arguments:
@@ -204,7 +229,11 @@ def pose(
             raise ValueError(f"`save_s` must lie inside the window {window_s}, but is {save_s}; times are in seconds.")
     pure = system.closed and (isinstance(start, str) or np.ndim(start) == 1)
     state = _initial_state(system, start, pure)
-    problem = Problem(system, tuple(pulses), window, pure, saves, state)
+    kept = reached(system, np.flatnonzero(np.any(state.reshape(len(state), -1), axis=1)).tolist(), pure=pure)
+    state = jnp.asarray(state[np.array(kept)])
+    missing = (1,) * (1 + len(shape) - state.ndim)
+    state = jnp.broadcast_to(state.reshape(state.shape[:1] + missing + state.shape[1:]), (state.shape[0], *shape))
+    problem = Problem(system, tuple(pulses), window, pure, kept, saves, state)
     return problem, shape, _with_steps(method, problem, shape, save_s is None)
 
 
@@ -246,9 +275,9 @@ def solve(
     problem: Problem, shape: tuple[int, ...], method: StaticGrid | Magnus | Adaptive, at_end: bool
 ) -> tuple[Solution, Bool[Array, "..."], Bool[Array, "..."]]:
     """(solution, pulses seen, success): everything behind the checks as one program, compiled once for all values."""
-    system, pulses = problem.system, problem.pulses
     # One number a lane from here on: a number shared by lanes would be summed over them at every stage of a gradient.
     problem = broadcast_batch(problem, shape)
+    system, pulses = problem.system, problem.pulses
     if isinstance(method, Adaptive):
         t_s, state, coverage, success = _solve_lanes(problem, method, len(shape))
         bound = jnp.full(shape, jnp.nan)
@@ -256,6 +285,10 @@ def solve(
         t_s, state, coverage, success, bound = _solve_magnus(problem, shape, method, at_end=at_end)
     else:
         t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=at_end)
+    state = problem.whole(state)
+    if not isinstance(method, Magnus):
+        elapsed_s = t_s - problem.window_s[0]
+        state = jax.vmap(lambda part, time_s: turned_back(system, part, time_s, pure=problem.pure))(state, elapsed_s)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
     silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
     seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent, bool).reshape(coverage.shape), axis=0)
@@ -294,17 +327,17 @@ def _sensible(problem: Problem, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     return jnp.broadcast_to(good, shape)
 
 
-def _initial_state(system: LevelSystem, start, pure: bool) -> Float[Array, "components"]:
+def _initial_state(system: LevelSystem, start, pure: bool) -> Float[np.ndarray, "components ..."]:
     n = len(system.levels)
     if isinstance(start, str):
         if start not in system.levels:
             raise ValueError(f"`start` must be one of the levels {system.levels}, but is {start!r}.")
         start = np.eye(n)[system.index(start)]
     start = np.asarray(start)
-    if start.shape not in ((n,), (n, n)):
+    if start.shape != (n,) and start.shape[:2] != (n, n):
         raise ValueError(f"`start` must be a ket ({n},) or a density matrix ({n}, {n}), but has shape {start.shape}.")
     if pure:
-        return jnp.asarray(np.concatenate([start.real, start.imag]))
+        return np.concatenate([start.real, start.imag])
     return pack_density(np.outer(start, start.conj()) if start.ndim == 1 else start)
 
 
@@ -318,15 +351,8 @@ def _solve_grid(problem: Problem, shape: tuple[int, ...], method: StaticGrid, at
     saves = None if at_end else problem.save_s
     share = 1.0 if method.finest is None else grids.coarser_share(method.error, method.finest)
     plan = grids.lay(system, pulses, window, steps, share, shape, saves)
-    _, state = _integrate(
-        grids.GridDopri8(plan.grid, method.differentiation == "reverse"),
-        (0.0, plan.walked.astype(float), 1.0),
-        problem,
-        diffrax.SaveAt(t1=True) if at_end else diffrax.SaveAt(t0=True, steps=True),
-        diffrax.ConstantStepSize(),
-        diffrax.ForwardMode() if method.differentiation == "forward" else diffrax.RecursiveCheckpointAdjoint(steps),
-        steps,
-    )[:2]
+    reverse = method.differentiation == "reverse"
+    state = runge_kutta.walk(problem, plan.grid, plan.walked, steps=steps, reverse=reverse, saved=not at_end)
     if saves is not None:
         # Save times are knots of the grid: pick each lane's own point.
         nearest = jnp.argmin(jnp.abs(plan.t_s[None] - saves[:, None]), axis=1)
@@ -340,7 +366,7 @@ def _solve_magnus(problem: Problem, shape: tuple[int, ...], method: Magnus, at_e
     if method.precision == "single":
         problem = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, problem)
     system, pulses = problem.system, problem.pulses
-    slopes = schroedinger_components if problem.pure else lindblad_components
+    slopes = partial(problem.slopes, rotating=True)
     drives = lambda time: [pulse.drive(time.t_s, time.within_s) for pulse in pulses]
     step = lambda y, start_s, length_s: magnus.step(slopes, system, drives, y, start_s, length_s)
     per_interval = np.atleast_1d(np.asarray(method.steps, int))

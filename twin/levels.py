@@ -10,6 +10,7 @@ with D = pi * FWHM linewidth; one source for both lines adds the two derivatives
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -93,10 +94,51 @@ class LevelSystem(eqx.Module):
         """Position of a level in the graph."""
         return self.levels.index(level)
 
+    def alone(self, k: int) -> tuple["LevelSystem", list[int]]:
+        """The graph with coupling k only, its two levels in front and all named by place; and where each level was."""
+        driven = [self.index(level) for level in self.couplings[k]]
+        order = driven + [j for j in range(len(self.levels)) if j not in driven]
+        name = {self.levels[j]: str(place) for place, j in enumerate(order)}
+        decays = tuple(Decay(name[d.source], name[d.target], d.rate_per_s) for d in self.decays)
+        dephasings = tuple(Dephasing(tuple(d.weights[j] for j in order), d.rate_per_s) for d in self.dephasings)
+        levels = tuple(str(place) for place in range(len(order)))
+        return LevelSystem(levels, (("0", "1"),), self.energies_rad_s[np.array(order)], decays, dephasings), order
+
     @property
     def closed(self) -> bool:
         """True without any jump operator: the Schrödinger equation holds."""
         return not (self.decays or self.dephasings)
+
+
+def side_by_side(systems: Sequence[LevelSystem], lanes: Sequence[int], shape: tuple[int, ...]) -> LevelSystem:
+    """Graphs of the same levels and couplings as one batch of shape (sum of lanes, *shape).
+
+    Each fills its number of lanes; a jump that a graph lacks has rate zero there.
+    """
+
+    def lay(values: list) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(v, (n, *shape)) for v, n in zip(values, lanes, strict=True)])
+
+    def rates(jumps: list, key: Callable) -> dict:
+        """Rate of each kind of jump in each graph."""
+        found: dict = {}
+        for k, some in enumerate(jumps):
+            for jump in some:
+                row = found.setdefault(key(jump), [jnp.zeros(())] * len(systems))
+                row[k] = row[k] + jump.rate_per_s
+        return found
+
+    first = systems[0]
+    energies = [jnp.broadcast_to(s.energies_rad_s, (len(s.levels), *shape)) for s in systems]
+    decays = rates([s.decays for s in systems], lambda d: (d.source, d.target))
+    dephasings = rates([s.dephasings for s in systems], lambda d: d.weights)
+    return LevelSystem(
+        first.levels,
+        first.couplings,
+        jnp.stack([lay([e[j] for e in energies]) for j in range(len(first.levels))]),
+        tuple(Decay(source, target, lay(row)) for (source, target), row in decays.items()),
+        tuple(Dephasing(weights, lay(row)) for weights, row in dephasings.items()),
+    )
 
 
 class Scheme(eqx.Module):

@@ -7,13 +7,15 @@ all x are computed at once, then all r, then all y (`run`); `stream` does the sa
 
 import abc
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from twin.batching import real_array
+from twin.batching import is_traced, physical, real_array
 from twin.closed_form import flat_root
 from twin.memory import AbstractMemory
 from twin.readout import sample_counts
@@ -41,6 +43,66 @@ class Response(eqx.Module):
     method: str = eqx.field(static=True)
 
 
+class Settings(eqx.Module):
+    """Known laser offsets, laser minus line, and which of them each cycle has.
+
+    Args:
+        detuning_1_hz, detuning_2_hz: shape (settings, *batch) with `of_cycle`; without, they broadcast to the cycles.
+        of_cycle: the setting of each cycle, shape (cycles,).
+    """
+
+    detuning_1_hz: Float[Array, "..."] = physical(default=0.0)
+    detuning_2_hz: Float[Array, "..."] = physical(default=0.0)
+    of_cycle: Int[Array, " cycles"] | None = None
+
+    @classmethod
+    def of(cls, detuning_1_hz, detuning_2_hz, shape: tuple[int, ...]) -> "Settings":
+        """Settings of cycles of this shape; known offsets that cycles share are listed once."""
+        offsets = [real_array(d) for d in (detuning_1_hz, detuning_2_hz)]
+        if all(d.ndim < max(1, len(shape)) for d in offsets):
+            return cls(*offsets)
+        if is_traced(offsets):
+            return cls(*(jnp.broadcast_to(d, shape) for d in offsets), jnp.arange(shape[0]))
+        rows = np.stack([np.broadcast_to(np.asarray(d), shape) for d in offsets], axis=1)
+        distinct, of_cycle = np.unique(rows, axis=0, return_inverse=True)
+        first, second = distinct[:, 0], distinct[:, 1]
+        return cls(first[0], second[0]) if len(distinct) == 1 else cls(first, second, jnp.asarray(of_cycle.ravel()))
+
+    @property
+    def count(self) -> int:
+        """Number of settings among which cycles are shared out."""
+        return 1 if self.of_cycle is None else self.detuning_1_hz.shape[0]
+
+    @property
+    def largest_hz(self) -> float:
+        """Largest magnitude of the offsets, Hz."""
+        return max(float(jnp.max(jnp.abs(d))) for d in (self.detuning_1_hz, self.detuning_2_hz))
+
+    def by_cycle(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Both offsets, cycle by cycle."""
+        if self.of_cycle is None:
+            return self.detuning_1_hz, self.detuning_2_hz
+        return self.detuning_1_hz[self.of_cycle], self.detuning_2_hz[self.of_cycle]
+
+
+@runtime_checkable
+class Responder(Protocol):
+    """Independent cycles of a device under its settings.
+
+    Where `alone`, pulse 1 is played alone and read out after it; else both pulses are. An array mixes both kinds of run
+    in one batch. `of_cycle` replaces that of the settings.
+    """
+
+    def __call__(
+        self,
+        x_set: Float[Array, "..."],
+        r_set: Float[Array, "..."],
+        *,
+        alone: bool | Bool[Array, "..."],
+        of_cycle: Int[Array, " cycles"] | None = None,
+    ) -> Response: ...
+
+
 class AbstractMemristor(eqx.Module):
     """One contract for both platforms; `run` and `stream` are written against it.
 
@@ -52,10 +114,13 @@ class AbstractMemristor(eqx.Module):
     source: eqx.AbstractVar[str]
 
     @abc.abstractmethod
-    def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz) -> "AbstractMemristor":
+    def prepared(self, x_set, settings: Settings) -> "AbstractMemristor":
         """The device with everything decided that must be decided from values (method, grid); traced values pass."""
 
     @abc.abstractmethod
+    def under(self, settings: Settings) -> Responder:
+        """What answers cycles under these laser offsets; work that all of them share is done here, once."""
+
     def respond(
         self,
         x_set: Float[Array, "..."],
@@ -65,10 +130,8 @@ class AbstractMemristor(eqx.Module):
         *,
         alone: bool | Bool[Array, "..."],
     ) -> Response:
-        """Independent cycles. Where `alone`, pulse 1 is played alone and read out after it; else both pulses are.
-
-        An array mixes both kinds of run in one batch, which compiles and runs once.
-        """
+        """Independent cycles, each under its own laser offsets: see `Responder`."""
+        return self.under(Settings(detuning_1_set_hz, detuning_2_set_hz))(x_set, r_set, alone=alone)
 
     @abc.abstractmethod
     def signal(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
@@ -149,22 +212,23 @@ def run(
     if device.source not in SOURCES:
         raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
     x_set = real_array(x_set)
-    d1, d2 = (jnp.broadcast_to(real_array(d), x_set.shape) for d in (detuning_1_set_hz, detuning_2_set_hz))
+    settings = Settings.of(detuning_1_set_hz, detuning_2_set_hz, x_set.shape)
     r_set = None if r_set is None else jnp.broadcast_to(real_array(r_set), x_set.shape)
     shots = None if shots is None else real_array(shots)
-    return _run(device.prepared(x_set, d1, d2), x_set, r_set, d1, d2, shots, key)
+    return _run(device.prepared(x_set, settings), x_set, r_set, settings, shots, key)
 
 
 @eqx.filter_jit
-def _run(device: AbstractMemristor, x_set, r_set, d1, d2, shots, key) -> Loop:
+def _run(device: AbstractMemristor, x_set, r_set, settings: Settings, shots, key) -> Loop:
     keys = (None, None) if key is None else tuple(jax.random.split(key))
-    first = device.respond(x_set, jnp.zeros_like(x_set), d1, d2, alone=True)
+    respond = device.under(settings)
+    first = respond(x_set, jnp.zeros_like(x_set), alone=True)
     p_x, n_x = _measure(device, first, shots, keys[0])
     if r_set is None:
         r = device.memory.filter(_feedback(device, x_set, device.signal(first.populations), p_x, n_x, shots))
     else:
         r = r_set
-    second = device.respond(x_set, r, d1, d2, alone=False)
+    second = respond(x_set, r, alone=False)
     p_y, n_y = _measure(device, second, shots, keys[1])
     return _loop(device, x_set, r, first, second, (p_x, p_y), (n_x, n_y))
 
@@ -176,25 +240,29 @@ def stream(device: AbstractMemristor, x_set, *, detuning_1_set_hz=0.0, detuning_
     Arguments and returns as for `run`.
     """
     x_set = real_array(x_set)
-    d1, d2 = (jnp.broadcast_to(real_array(d), x_set.shape) for d in (detuning_1_set_hz, detuning_2_set_hz))
-
+    settings = Settings.of(detuning_1_set_hz, detuning_2_set_hz, x_set.shape)
     # The buffer's length is static, so the memory starts outside jit, where a known window is known.
     state = device.memory.init(x_set.shape[1:])
-    return _stream(device.prepared(x_set, d1, d2), state, x_set, d1, d2)
+    return _stream(device.prepared(x_set, settings), state, x_set, settings)
 
 
 @eqx.filter_jit
-def _stream(device: AbstractMemristor, state, x_set, d1, d2) -> Loop:
-    def cycle(state, setting):
-        x_k, d1_k, d2_k = setting
+def _stream(device: AbstractMemristor, state, x_set, settings: Settings) -> Loop:
+    respond = device.under(settings)
+
+    def cycle(state, now):
+        x_k, setting = now
         r_k = device.memory.read(state)
-        first = device.respond(x_k, jnp.zeros_like(x_k), d1_k, d2_k, alone=True)
-        second = device.respond(x_k, r_k, d1_k, d2_k, alone=False)
+        # One cycle is a loop of one, whose axis is taken away again.
+        first = respond(x_k[None], jnp.zeros_like(x_k)[None], alone=True, of_cycle=setting)
+        second = respond(x_k[None], r_k[None], alone=False, of_cycle=setting)
+        first, second = (_only_cycle(response) for response in (first, second))
         p_x, p_y = device.assigned(first.populations), device.assigned(second.populations)
         fed = _feedback(device, x_k, device.signal(first.populations), p_x, None, None)
         return device.memory.update(state, fed), (r_k, first, second, p_x, p_y)
 
-    _, (r, first, second, p_x, p_y) = jax.lax.scan(cycle, state, (x_set, d1, d2))
+    of_cycle = None if settings.of_cycle is None else settings.of_cycle[:, None]
+    _, (r, first, second, p_x, p_y) = jax.lax.scan(cycle, state, (x_set, of_cycle))
     first, second = (_cycles_after_components(response) for response in (first, second))
     return _loop(device, x_set, r, first, second, (p_x, p_y), (None, None))
 
@@ -220,6 +288,16 @@ def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Arr
     # Anything further out is an error and stays one.
     fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, fed)
     return jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed)
+
+
+def _only_cycle(response: Response) -> Response:
+    return Response(
+        response.populations[:, 0],
+        response.coherence_vs[:, 0],
+        response.valid[0],
+        response.error_estimate[0],
+        response.method,
+    )
 
 
 def _cycles_after_components(response: Response) -> Response:

@@ -31,9 +31,6 @@ DEGREE = 6
 # Factors of a Taylor polynomial in one pass of its loop. One leaves the loop copying states as long as it multiplies;
 # all six are compiled three times as long and are slower (measured).
 _UNROLLED = 3
-# The change of the drives weighs most; `turn` bounds what the Taylor polynomial leaves out. tests/test_batch.py holds
-# them over random devices.
-RULE = grids.StepRule(timescale=4.0, rabi=0.4, energy=0.75, rate=1.4, turn=1.65, order=4, action=1.0, error=1e-6)
 _SQRT3_6 = math.sqrt(3) / 6
 _NODES = (0.5 - _SQRT3_6, 0.5 + _SQRT3_6)
 _NEAR, _FAR = 0.25 + _SQRT3_6, 0.25 - _SQRT3_6
@@ -50,6 +47,35 @@ class EvenPlan(NamedTuple):
     action_per_step: Float[Array, "..."]
 
 
+# Weights of the action density, 1/s: a / timescale + b sum(Rabi frequencies) + c (spread of energies) + d (rates) over
+# the pulses present, and at least e times the norm of their Rabi frequencies, which bounds what the Taylor polynomial
+# leaves out. Measured: tests/test_batch.py holds them over random devices.
+_TIME_WEIGHT, _RABI_WEIGHT, _ENERGY_WEIGHT, _RATE_WEIGHT, _NORM_WEIGHT = 4.0, 0.4, 0.75, 1.4, 1.65
+
+
+def _density(
+    system: LevelSystem,
+    pulses: tuple[AbstractPulse, ...],
+    left: Float[Array, "segments ..."],
+    right: Float[Array, "segments ..."],
+) -> Float[Array, "segments ..."]:
+    fastest, rabi, square = (jnp.zeros(left.shape) for _ in range(3))
+    for pulse in pulses:
+        low, high = pulse.support_s
+        middle = 0.5 * (left + right)
+        present = (middle > low) & (middle < high)
+        fastest = jnp.maximum(fastest, jnp.where(present, 1 / pulse.timescale_s, 0.0))
+        peak = jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
+        rabi, square = rabi + peak, square + peak**2
+    energies = system.energies_rad_s
+    spread = jnp.max(energies, axis=0) - jnp.min(energies, axis=0)
+    slow = _ENERGY_WEIGHT * spread + _RATE_WEIGHT * grids.rates(system, ())
+    return jnp.maximum(_TIME_WEIGHT * fastest + _RABI_WEIGHT * rabi + slow, _NORM_WEIGHT * jnp.sqrt(square))
+
+
+RULE = grids.StepRule(_density, order=4, action=1.0, error=1e-6)
+
+
 @eqx.filter_jit
 def peak_density(
     system: LevelSystem,
@@ -59,14 +85,7 @@ def peak_density(
 ) -> Float[Array, "..."]:
     """Largest action density of each lane anywhere in the window, 1/s."""
     knot = grids.knots(pulses, window_s, shape)
-    change = grids.density(system, pulses, 0.5 * (knot[:-1] + knot[1:]), RULE._replace(turn=0.0))
-    # The norm of the drives is largest where the core of one of them begins.
-    norms = [jnp.zeros(shape)]
-    for low_s in (pulse.core_s[0] for pulse in pulses):
-        together = [(p.core_s[0] <= low_s) & (low_s <= p.core_s[1]) for p in pulses]
-        norms.append(jnp.sqrt(sum(jnp.where(t, p.peak_rad_s, 0.0) ** 2 for t, p in zip(together, pulses, strict=True))))
-    turn = RULE.turn * jnp.max(jnp.stack([jnp.broadcast_to(norm, shape) for norm in norms]), axis=0)
-    return lax.stop_gradient(jnp.maximum(jnp.max(change, axis=0), turn))
+    return lax.stop_gradient(jnp.max(_density(system, pulses, knot[:-1], knot[1:]), axis=0))
 
 
 def plan_steps(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], error: float) -> int | tuple[int, ...]:

@@ -4,6 +4,11 @@ A Hermitian matrix of n levels has n^2 real components: the n populations, then 
 each a < b in lexicographic order. A pure state has 2n: real parts, then imaginary parts. The component axis is the
 first, batch axes follow; every operation is elementwise in the batch, so lanes cannot influence each other.
 Unrolling keeps only the couplings and jumps that exist (a three-level step is some fifty multiplications).
+
+Runge-Kutta steps solve them in the interaction picture of the energies, where a level at rest does not turn: the
+couplings turn instead (`turning`), and matter only while a pulse is on. `turned_back` leads to the rotating frame of
+the graph, in which Magnus steps are taken: real couplings cost half as much, and energies are no trouble to an
+exponential.
 """
 
 from collections.abc import Sequence
@@ -15,6 +20,7 @@ from jaxtyping import Array, Complex, Float
 
 from twin.levels import LevelSystem
 from twin.pulses import Drive
+from twin.trigonometry import cos_sin
 
 # A complex number as (real, imaginary); None stands for an exact zero, so that no work is spent on it.
 _Part = Float[Array, "..."] | None
@@ -54,28 +60,44 @@ def _hamiltonian(system: LevelSystem, drives: list[Drive]) -> dict[tuple[int, in
     return elements
 
 
-def _filled(parts: list[_Part], like: Float[Array, "..."]) -> list[Float[Array, "..."]]:
-    zero = jnp.zeros_like(like)
-    return [zero if part is None else zero + part for part in parts]
-
-
-def lindblad_rhs(
-    system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."]
-) -> Float[Array, "components ..."]:
-    """d rho / dt in real components, 1/s."""
-    return jnp.stack(lindblad_components(system, drives, rho))
+def reached(system: LevelSystem, nonzero: Sequence[int], *, pure: bool) -> tuple[int, ...]:
+    """Components that become nonzero in the course of the evolution, if these are at its beginning."""
+    n = len(system.levels)
+    neighbours = [(system.index(a), system.index(b)) for a, b in system.couplings]
+    neighbours += [(b, a) for a, b in neighbours]
+    if pure:
+        kept = {k % n for k in nonzero}
+        while new := {b for a, b in neighbours if a in kept} - kept:
+            kept |= new
+        return (*sorted(kept), *(n + j for j in sorted(kept)))
+    pairs = list(combinations(range(n), 2))
+    elements = {(k, k) if k < n else pairs[(k - n) // 2] for k in nonzero}
+    decays = [(system.index(d.source), system.index(d.target)) for d in system.decays]
+    while True:
+        found = {(target, target) for source, target in decays if (source, source) in elements}
+        for a, b in elements:
+            found |= {(min(c, b), max(c, b)) for x, c in neighbours if x == a}
+            found |= {(min(a, c), max(a, c)) for x, c in neighbours if x == b}
+        if found <= elements:
+            break
+        elements |= found
+    off = [k for j, pair in enumerate(pairs) if pair in elements for k in (n + 2 * j, n + 2 * j + 1)]
+    return (*(j for j in range(n) if (j, j) in elements), *off)
 
 
 def lindblad_components(
-    system: LevelSystem, drives: list[Drive], rho: Float[Array, "components ..."] | Sequence[Float[Array, "..."]]
-) -> list[Float[Array, "..."]]:
-    """`lindblad_rhs` component by component: arrays that are never stacked are never copied."""
+    system: LevelSystem, drives: list[Drive], rho: Sequence[_Part], *, rotating: bool
+) -> list[_Part]:
+    """d rho / dt component by component, 1/s; None stands for an exact zero.
+
+    `rotating`: in the rotating frame, where drives do not turn and energies do; else in the interaction picture.
+    """
     n = len(system.levels)
     pairs = list(combinations(range(n), 2))
     parts: dict[tuple[int, int], _Pair] = {(j, j): (rho[j], None) for j in range(n)}
     for k, (a, b) in enumerate(pairs):
         real, imag = rho[n + 2 * k], rho[n + 2 * k + 1]
-        parts[a, b], parts[b, a] = (real, imag), (real, -imag)
+        parts[a, b], parts[b, a] = (real, imag), (real, _negative(imag))
     h = _hamiltonian(system, drives)
     loss: list[_Part] = [None] * n
     for decay in system.decays:
@@ -101,12 +123,13 @@ def lindblad_components(
         change = _add(change, loss_j, -1.0)
         for decay in system.decays:
             if system.index(decay.target) == j:
-                change = _add(change, decay.rate_per_s * rho[system.index(decay.source)])
+                change = _add(change, _mul(decay.rate_per_s, rho[system.index(decay.source)]))
         out.append(change)
     for a, b in pairs:
         real, imag = commutator(a, b)
-        energy = system.energies_rad_s[a] - system.energies_rad_s[b]
-        real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
+        if rotating:
+            energy = system.energies_rad_s[a] - system.energies_rad_s[b]
+            real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
         damping: _Part = None
         for level in (a, b):
             damping = _add(damping, _mul(jnp.asarray(0.5), loss[level]))
@@ -115,46 +138,70 @@ def lindblad_components(
             damping = _add(damping, square * d.rate_per_s if square else None)
         out.append(_add(imag, _mul(damping, parts[a, b][0]), -1.0))
         out.append(_add(_negative(real), _mul(damping, parts[a, b][1]), -1.0))
-    return _filled(out, rho[0])
-
-
-def schroedinger_rhs(
-    system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."]
-) -> Float[Array, "components ..."]:
-    """d c / dt in real components, 1/s: `i dc/dt = H c`."""
-    return jnp.stack(schroedinger_components(system, drives, amplitudes))
+    return out
 
 
 def schroedinger_components(
-    system: LevelSystem, drives: list[Drive], amplitudes: Float[Array, "components ..."] | Sequence[Float[Array, "..."]]
-) -> list[Float[Array, "..."]]:
-    """`schroedinger_rhs` component by component."""
+    system: LevelSystem, drives: list[Drive], amplitudes: Sequence[_Part], *, rotating: bool
+) -> list[_Part]:
+    """d c / dt component by component, `i dc/dt = H c`; None and `rotating` as for `lindblad_components`."""
     n = len(system.levels)
     h = _hamiltonian(system, drives)
     reals: list[_Part] = []
     imags: list[_Part] = []
     for a in range(n):
-        energy = system.energies_rad_s[a]
-        real: _Part = energy * amplitudes[a]
-        imag: _Part = energy * amplitudes[n + a]
+        energy = system.energies_rad_s[a] if rotating else None
+        real: _Part = _mul(energy, amplitudes[a])
+        imag: _Part = _mul(energy, amplitudes[n + a])
         for b in range(n):
             if (a, b) in h:
                 term = _product(h[a, b], (amplitudes[b], amplitudes[n + b]))
                 real, imag = _add(real, term[0]), _add(imag, term[1])
         reals.append(imag)
         imags.append(_negative(real))
-    return _filled(reals + imags, amplitudes[0])
+    return reals + imags
+
+
+def turning(system: LevelSystem, drives: list[Drive], time_s: Float[Array, "..."]) -> list[Drive]:
+    """Drives in the interaction picture, `H[to, from] exp(i (E_to - E_from) t)`, a time after its start."""
+    turned = []
+    for (source, target), drive in zip(system.couplings, drives, strict=True):
+        energy = system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)]
+        real, imag = _product((drive.real, drive.imag), cos_sin(energy * time_s))
+        assert real is not None  # a drive has a real part
+        turned.append(Drive(real, imag))
+    return turned
+
+
+def turned_back(
+    system: LevelSystem, state: Float[Array, "components ..."], time_s: Float[Array, "..."], *, pure: bool
+) -> Float[Array, "components ..."]:
+    """State in the rotating frame of the graph, a time after the start of the interaction picture."""
+    n = len(system.levels)
+    if pure:
+        pairs = [(j, n + j, system.energies_rad_s[j]) for j in range(n)]
+    else:
+        pairs = [
+            (n + 2 * k, n + 2 * k + 1, system.energies_rad_s[a] - system.energies_rad_s[b])
+            for k, (a, b) in enumerate(combinations(range(n), 2))
+        ]
+    parts = list(state)
+    for real, imag, energy in pairs:
+        cos, sin = cos_sin(energy * time_s)
+        parts[real] = cos * state[real] + sin * state[imag]
+        parts[imag] = cos * state[imag] - sin * state[real]
+    return jnp.stack(parts)
 
 
 def pack_density(
-    rho: Complex[np.ndarray, "levels levels"] | Float[np.ndarray, "levels levels"],
-) -> Float[Array, "components"]:
+    rho: Complex[np.ndarray, "levels levels ..."] | Float[np.ndarray, "levels levels ..."],
+) -> Float[np.ndarray, "components ..."]:
     """Real components of a density matrix; it must be Hermitian."""
     rho = np.asarray(rho, dtype=complex)
-    if not np.allclose(rho, rho.conj().T, atol=1e-12):
+    if not np.allclose(rho, rho.conj().swapaxes(0, 1), atol=1e-12):
         raise ValueError("the density matrix must be Hermitian, but differs from its adjoint by more than 1e-12.")
     off = [part for a, b in combinations(range(len(rho)), 2) for part in (rho[a, b].real, rho[a, b].imag)]
-    return jnp.asarray(np.concatenate([np.diag(rho).real, off]))
+    return np.stack([*(rho[j, j].real for j in range(len(rho))), *off])
 
 
 def unpack_density(components: Float[Array, "components ..."], levels: int) -> Complex[Array, "levels levels ..."]:

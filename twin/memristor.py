@@ -1,12 +1,11 @@
 """The two memristors: one trapped ion, and the photonic element whose parameters read alike.
 
-`run`, `stream` and `Loop` of `twin.loop` are offered here too, so that one import is enough.
+`run`, `stream` and `Loop` of `twin.loop`, and the methods of `twin.planning`, are offered here too, so that one import
+is enough.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Mapping
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,44 +13,36 @@ import numpy as np
 from jax.scipy.special import erfc
 from jaxtyping import Array, Float
 
-from twin import grid as grids
-from twin.batching import batch_shape, check_not_negative, check_positive, check_values, is_traced, physical, real_array
+from twin.area_series import AreaSeries, Timing, tabulate
+from twin.area_table import AreaTable
+from twin.batching import check_not_negative, check_positive, check_values, is_traced, physical, real_array
 from twin.closed_form import flat_root, overlap_bound, separated_amplitudes, set_area
 from twin.dynamics import Adaptive, Solution, StaticGrid, evolve
 from twin.levels import SCHEMES, LevelSystem, Scheme
-from twin.loop import AbstractMemristor, Loop, Response, run, sine_input, stream
+from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
 from twin.memory import AbstractMemory
 from twin.motion import carrier_factor, thermal_quadrature
+from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
 
 __all__ = [
     "AbstractMemristor",
+    "AreaSeries",
     "Automatic",
     "ClosedForm",
     "IonMemristor",
+    "Lindblad",
     "Loop",
     "PhotonicMemristor",
+    "Settings",
+    "coarsened",
+    "plan_steps",
+    "planned",
     "run",
     "sine_input",
     "stream",
 ]
-
-
-class ClosedForm(eqx.Module):
-    """Resonant pulses far apart in time, no decay and no dephasing: exact there, wrong elsewhere.
-
-    Motion and readout are kept; detunings, overlap, decay and linewidth are ignored (`closed_form_error` bounds them).
-    """
-
-
-class Automatic(eqx.Module):
-    """`ClosedForm` where its error is below `error`, else `StaticGrid(error)`; the loop reports which one ran.
-
-    The choice needs known values: inside `jit` name the method instead.
-    """
-
-    error: float = eqx.field(static=True, default=1e-8)
 
 
 class IonMemristor(AbstractMemristor):
@@ -66,7 +57,8 @@ class IonMemristor(AbstractMemristor):
     Args:
         memory, source: feedback kernel, and the inputs it averages: see `AbstractMemristor`.
         scheme: "lambda" (default), "v" or "ladder": `twin.levels`.
-        method: `ClosedForm()`, `StaticGrid()` (default), `Adaptive()` or `Automatic()`.
+        method: `Lindblad()` (default), `ClosedForm()`, `Automatic()`, or by name `StaticGrid()`, `AreaSeries()`,
+            `Adaptive()`.
         steps: number of grid steps of the two kinds of run, for `StaticGrid` with traced values: `plan_steps`.
         phonon_nodes: quadrature nodes of the thermal average; 1 only for `n_bar` = 0 and no heating.
         rabi_scale_1, rabi_scale_2: actual over nominal Rabi frequency.
@@ -92,7 +84,7 @@ class IonMemristor(AbstractMemristor):
     memory: AbstractMemory
     source: str = eqx.field(static=True, default="measured")
     scheme: str = eqx.field(static=True, default="lambda")
-    method: ClosedForm | StaticGrid | Adaptive | Automatic = eqx.field(default_factory=StaticGrid)
+    method: Method = eqx.field(default_factory=Lindblad)
     steps: tuple[int, int] | None = eqx.field(static=True, default=None)
     phonon_nodes: int = eqx.field(static=True, default=1)
     rabi_scale_1: Float[Array, "..."] = physical(default=1.0)
@@ -154,43 +146,41 @@ class IonMemristor(AbstractMemristor):
 
     # ------------------------------------------------------------------------------------------------ the contract
 
-    def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz) -> "IonMemristor":
+    def prepared(self, x_set, settings: Settings) -> "IonMemristor":
         device = self
         if isinstance(device.method, Automatic):
-            method = device._choose(
-                x_set, jnp.ones_like(x_set), detuning_1_set_hz, detuning_2_set_hz, device.method.error
-            )
-            device = dataclasses.replace(device, method=method)
-        undecided = isinstance(device.method, StaticGrid) and device.method.steps is None and device.steps is None
-        if undecided and not is_traced(device, detuning_1_set_hz, detuning_2_set_hz):
-            largest = max(float(jnp.max(jnp.abs(d))) for d in (detuning_1_set_hz, detuning_2_set_hz))
-            # The grid is laid for full areas and rounded up generously: nearby values share one compiled program.
-            steps = plan_steps(device, {}, detuning_set_hz=largest, error=float(device.method.error))
-            device = dataclasses.replace(device, steps=tuple(_round_up(n) for n in steps))
-        return device
+            device = dataclasses.replace(device, method=device._choose(device.method.error, x_set, settings))
+        cycles = x_set.shape[0] // settings.count if jnp.ndim(x_set) else 1
+        if is_traced(device, settings):
+            return device  # what must be planned is refused where it is needed
+        return ready(device, cycles=cycles, detuning_set_hz=settings.largest_hz)
 
-    def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone) -> Response:
-        theta_1, theta_2 = self.areas(x_set, r_set)
-        factor_1, factor_2, weights = self._factors(jnp.ndim(x_set))
-        if self.phonon_nodes == 1:
-            factor_1, factor_2 = factor_1[0], factor_2[0]
-        theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
-        theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
-        if isinstance(self.method, ClosedForm):
-            response = self._closed_form(theta_1, theta_2)
-        elif isinstance(self.method, Automatic):
-            raise ValueError("`Automatic` is decided by `run` and `prepared`; here name ClosedForm() or StaticGrid().")
-        else:
-            response = self._solve(self.method, theta_1, theta_2, detuning_1_set_hz, detuning_2_set_hz, alone)
-        if self.phonon_nodes == 1:
-            return response
-        return Response(
-            jnp.tensordot(weights, jnp.moveaxis(response.populations, 1, 0), 1),
-            jnp.tensordot(weights, jnp.moveaxis(response.coherence_vs, 1, 0), 1),
-            jnp.all(response.valid, axis=0),
-            jnp.max(response.error_estimate, axis=0),
-            response.method,
-        )
+    def under(self, settings: Settings) -> Responder:
+        method = self.method
+        if isinstance(method, Automatic | Lindblad):
+            raise ValueError(
+                f"`{type(method).__name__}` is decided from known values by `run`, `prepared` and `planned`; "
+                "inside jit, grad or vmap name the method: AreaSeries or StaticGrid, planned for the values to come."
+            )
+        table = self._tabulated(method, settings) if isinstance(method, AreaSeries) else None
+
+        def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
+            now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
+            theta_1, theta_2 = self.areas(x_set, r_set)
+            factor_1, factor_2, weights = self._factors(jnp.ndim(x_set))
+            if self.phonon_nodes == 1:
+                factor_1, factor_2 = factor_1[0], factor_2[0]
+            theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
+            if isinstance(method, AreaSeries) and table is not None:
+                response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
+            elif isinstance(method, ClosedForm):
+                response = self._closed_form(theta_1, None if alone is True else jnp.where(alone, 0.0, theta_2))
+            else:
+                theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
+                response = self._solve(method, theta_1, theta_2, *now.by_cycle(), alone)
+            return response if self.phonon_nodes == 1 else _average(response, weights)
+
+        return respond
 
     def signal(self, populations) -> Float[Array, "..."]:
         return populations[1]
@@ -245,16 +235,30 @@ class IonMemristor(AbstractMemristor):
         )
 
     def pulses(self, theta_1, theta_2=None) -> tuple[Gaussian, ...]:
-        """The waveforms of these areas, the centre of pulse 1 at time zero."""
-        first = Gaussian.from_area(theta_1, center_s=0.0, sigma_s=self.sigma_1_s)
-        if theta_2 is None:
-            return (first,)
-        return first, Gaussian.from_area(theta_2, center_s=self.separation_s, sigma_s=self.sigma_2_s)
+        """The waveforms of these areas, the centre of pulse 1 at time zero; pulse 1 alone without `theta_2`."""
+        both = self.timing.pulses(theta_1, 0.0 if theta_2 is None else theta_2)
+        return both[:1] if theta_2 is None else both
 
-    def _window(self, alone) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def window(self, alone) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """From preparation to read-out, s."""
         return -self.lead_s, self.tail_s + jnp.where(alone, 0.0, self.separation_s)
 
+    @property
+    def timing(self) -> Timing:
+        """Widths and times of both pulses."""
+        return Timing(self.sigma_1_s, self.sigma_2_s, self.separation_s, self.lead_s, self.tail_s)
+
+    @property
+    def largest_areas(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Areas at full command, rad, of the ion at rest."""
+        full = real_array(1.0)
+        return self.areas(full if self._scheme.start == "v" else 1 - full, full)
+
     # ------------------------------------------------------------------------------------------------ solving
+
+    def _tabulated(self, method: AreaSeries, settings: Settings) -> AreaTable:
+        system = self.system(settings.detuning_1_hz, settings.detuning_2_hz)
+        return tabulate(method, system, self.timing, self.largest_areas, self._scheme.start)
 
     def _closed_form(self, theta_1, theta_2) -> Response:
         amplitudes = separated_amplitudes(theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
@@ -277,7 +281,7 @@ class IonMemristor(AbstractMemristor):
             self.system(d1, d2),
             self.pulses(theta_1, theta_2),
             start=self._scheme.start,
-            window_s=self._window(alone),
+            window_s=self.window(alone),
             method=method,
         )
         n = len(self._scheme.levels)
@@ -313,69 +317,44 @@ class IonMemristor(AbstractMemristor):
             total = total + theta * cut / 4 + 2 * (delta * sigma_s) ** 2 + 2 * dephasing * sigma_s
         return total + (self.lead_s + tail_s) * (1 / self.lifetime_s + 1 / self.m_lifetime_s)
 
-    def _choose(self, x_set, r_set, d1, d2, error: float) -> ClosedForm | StaticGrid:
-        bound = self.closed_form_error(x_set, r_set, d1, d2)
+    def _choose(self, error: float, x_set, settings: Settings) -> ClosedForm | Lindblad:
+        bound = self.closed_form_error(x_set, jnp.ones_like(x_set), *settings.by_cycle())
         if is_traced(bound):
             raise ValueError(
                 "`Automatic` cannot choose from traced values; inside jit, grad or vmap name the method: "
                 "ClosedForm() or StaticGrid()."
             )
-        return ClosedForm() if bool(jnp.all(bound <= error)) else StaticGrid(error=error)
+        return ClosedForm() if bool(jnp.all(bound <= error)) else Lindblad(error)
 
 
-def _round_up(steps: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ..."""
-    power = 16 * 2 ** max(0, math.ceil(math.log2(steps / 16)))
-    return power * 3 // 4 if power > 16 and steps <= power * 3 // 4 else power
+def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) -> Response:
+    """Cycles read off the series of their device; those that miss the requested error are flagged and NaN."""
+    at = lambda values: values if of_cycle is None else values[of_cycle]
+    read = []
+    if alone is not False:
+        read.append((*table.after_first(theta_1, of_cycle), at(table.error_alone)))
+    if alone is not True:
+        read.append((*table.after_both(theta_1, theta_2, of_cycle), at(table.error_both)))
+    if len(read) == 2:
+        read = [tuple(jnp.where(alone, a, b) for a, b in zip(*read, strict=True))]
+    populations, coherence, error = read[0]
+    cycles = populations.shape[1:]
+    good = at(table.valid) & (error <= requested)
+    valid = jnp.broadcast_to(good, cycles) & jnp.all(jnp.isfinite(populations), axis=0)
+    populations, coherence = (jnp.where(valid, values, jnp.nan) for values in (populations, coherence))
+    return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
-def plan_steps(
-    device: IonMemristor, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0, error: float
-) -> tuple[int, int]:
-    """Grid steps of the two kinds of run that serve every device in a box of parameters.
-
-    Args:
-        device: supplies the parameters outside the box; all values known.
-        box: (low, high) of each parameter that will vary.
-        detuning_set_hz: largest magnitude of the commanded laser offsets, Hz.
-        error: population error aimed at.
-
-    Returns:
-        Steps for pulse 1 alone, and for both pulses. Devices outside the box may come out invalid (NaN, flagged).
-    """
-    names = [name for name in box if hasattr(device, name)]
-    # Corners of the box, and laser offsets of either sign on either line, on a new first batch axis.
-    ranges = [box[name] for name in names] + [(-abs(detuning_set_hz), abs(detuning_set_hz))] * 2
-    corners = np.array(list(itertools.product(*ranges)), float)
-    axes = len(batch_shape(device.system(0.0, 0.0), device.pulses(device.rabi_scale_1, device.rabi_scale_2)))
-    columns = [real_array(column.reshape((-1,) + (1,) * axes)) for column in corners.T]
-    spread = dataclasses.replace(device, **dict(zip(names, columns, strict=False)))
-    # Full areas of both pulses: the V scheme's pulse 1 is longest for x = 0.
-    full = real_array(1.0)
-    theta_1, theta_2 = spread.areas(full if spread._scheme.start == "v" else 1 - full, full)
-    system = spread.system(*columns[-2:])
-    steps = []
-    for second, couplings in ((None, 1), (theta_2, 2)):
-        part = dataclasses.replace(system, couplings=system.couplings[:couplings])
-        pulses, window = spread.pulses(theta_1, second), spread._window(second is None)
-        steps.append(grids.plan_steps(part, pulses, window, error, batch_shape(part, pulses, window)))
-    return steps[0], steps[1]
-
-
-def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0):
-    """The device with its grid planned for a box, so that values in it may be traced; others pass unchanged."""
-    if not isinstance(device, IonMemristor) or not isinstance(device.method, StaticGrid):
-        return device
-    error = float(device.method.error)
-    steps = plan_steps(device, box, detuning_set_hz=detuning_set_hz, error=error)
-    return dataclasses.replace(device, steps=steps, method=dataclasses.replace(device.method, finest=error))
-
-
-def coarsened(device, error: float):
-    """A planned device at a larger solver error: fewer steps of the same compiled program; others pass unchanged."""
-    if not isinstance(device, IonMemristor) or not isinstance(device.method, StaticGrid):
-        return device
-    return dataclasses.replace(device, method=dataclasses.replace(device.method, error=jnp.asarray(error, float)))
+def _average(response: Response, weights: Float[Array, " nodes"]) -> Response:
+    """The mean over phonon numbers, the first batch axis."""
+    mean = lambda values: jnp.tensordot(weights, jnp.moveaxis(values, 1, 0), 1)
+    return Response(
+        mean(response.populations),
+        mean(response.coherence_vs),
+        jnp.all(response.valid, axis=0),
+        jnp.max(response.error_estimate, axis=0),
+        response.method,
+    )
 
 
 class PhotonicMemristor(AbstractMemristor):
@@ -401,12 +380,16 @@ class PhotonicMemristor(AbstractMemristor):
     readout_error_bright: Float[Array, "..."] = physical(default=0.0)
     readout_error_dark: Float[Array, "..."] = physical(default=0.0)
 
-    def prepared(self, x_set, detuning_1_set_hz, detuning_2_set_hz) -> "PhotonicMemristor":
-        del x_set, detuning_1_set_hz, detuning_2_set_hz
+    def prepared(self, x_set, settings: Settings) -> "PhotonicMemristor":
+        del x_set, settings
         return self
 
-    def respond(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz, *, alone) -> Response:
-        del detuning_1_set_hz, detuning_2_set_hz  # a beam splitter has no line
+    def under(self, settings: Settings) -> Responder:
+        del settings  # a beam splitter has no line
+        return self._respond
+
+    def _respond(self, x_set, r_set, *, alone, of_cycle=None) -> Response:
+        del of_cycle
         r_set = jnp.where(alone, 0.0, r_set)
         kept = (1 - jnp.where(alone, 0.0, self.loss)) * (1 - r_set)
         s, m = kept * x_set, r_set * x_set

@@ -71,6 +71,10 @@ class AbstractPulse(eqx.Module):
     def support_s(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Interval outside which at most 1e-9 of the area lies, s."""
 
+    @abc.abstractmethod
+    def largest_rad_s(self, low_s: Float[Array, "..."], high_s: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Bound on the Rabi frequency between two times, rad/s, tight where the envelope is smooth."""
+
     @property
     @abc.abstractmethod
     def core_s(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -135,6 +139,9 @@ class Gaussian(AbstractPulse):
         del within_s  # smooth: one formula everywhere
         return _with_phase(self._envelope(t_s), self.phase_rad)
 
+    def largest_rad_s(self, low_s, high_s) -> Float[Array, "..."]:
+        return jnp.abs(self._envelope(jnp.clip(self.center_s, low_s, high_s)))
+
     def _envelope(self, t_s) -> Float[Array, "..."]:
         return self.peak_rad_s * jnp.exp(-0.5 * ((t_s - self.center_s) / self.sigma_s) ** 2)
 
@@ -185,9 +192,15 @@ class Sech(AbstractPulse):
 
     def drive(self, t_s, within_s) -> Drive:
         del within_s
+        return _with_phase(self._envelope(t_s), self.phase_rad)
+
+    def largest_rad_s(self, low_s, high_s) -> Float[Array, "..."]:
+        return jnp.abs(self._envelope(jnp.clip(self.center_s, low_s, high_s)))
+
+    def _envelope(self, t_s) -> Float[Array, "..."]:
         # 2 e^-u / (1 + e^-2u) with u = |t| / tau never overflows, unlike 1 / cosh.
         decay = jnp.exp(-jnp.abs((t_s - self.center_s) / self.tau_s))
-        return _with_phase(self.peak_rad_s * 2 * decay / (1 + decay**2), self.phase_rad)
+        return self.peak_rad_s * 2 * decay / (1 + decay**2)
 
     @property
     def area_rad(self) -> Float[Array, "..."]:
@@ -265,6 +278,9 @@ class PiecewiseConstant(AbstractPulse):
         # An empty slice has no direction in which it would grow: slope 0, not NaN.
         magnitude = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
         return jnp.sum(magnitude, axis=0) * self._slice_s
+
+    def largest_rad_s(self, low_s, high_s) -> Float[Array, "..."]:
+        return jnp.broadcast_to(self.peak_rad_s, jnp.broadcast_shapes(low_s.shape, high_s.shape))
 
     @property
     def peak_rad_s(self) -> Float[Array, "..."]:

@@ -1,0 +1,164 @@
+"""Chebyshev series in two pulse areas: coefficients from values at nodes, and the table that reads cycles off them.
+
+Series are even or odd in the area, on [-theta_max, theta_max] with u = theta / theta_max. Nodes are the positive
+extrema of T_2n; zero, the next one, is known without a solve.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+class AreaTable(eqx.Module):
+    """Series of one device at its settings; S are the batch axes of parameters and settings.
+
+    Attributes:
+        theta_1, theta_2: largest areas, rad, shape (*S).
+        alone, alone_coherence: after pulse 1 alone at its read-out, shape (orders, levels or 2, *S).
+        first, first_coherence: after pulse 1, carried freely to where the solve of pulse 2 begins.
+        second: map of populations by pulse 2 up to read-out, shape (orders, to, from, *S).
+        second_coherence: complex factor of rho_vs, shape (orders, 2, *S).
+        residual, residual_coherence: what overlap adds, shape (orders, orders, levels or 2, *S).
+        valid: whether every node was solved to its error. error_alone, error_both: population error expected.
+    """
+
+    theta_1: Float[Array, "..."]
+    theta_2: Float[Array, "..."]
+    alone: Float[Array, "orders levels ..."]
+    alone_coherence: Float[Array, "odd 2 ..."]
+    first: Float[Array, "orders levels ..."]
+    first_coherence: Float[Array, "odd 2 ..."]
+    second: Float[Array, "orders_2 levels levels ..."]
+    second_coherence: Float[Array, "orders_2 2 ..."]
+    residual: Float[Array, "rest rest levels ..."]
+    residual_coherence: Float[Array, "odd_rest rest 2 ..."]
+    valid: Bool[Array, "..."]
+    error_alone: Float[Array, "..."]
+    error_both: Float[Array, "..."]
+
+    def after_first(
+        self, theta_1: Float[Array, "..."], setting: Int[Array, " cycles"] | None = None
+    ) -> tuple[Float[Array, "levels ..."], Float[Array, "2 ..."]]:
+        """Populations and rho_vs after pulse 1 alone.
+
+        Args:
+            theta_1: areas, shape (*cycles, *S); with `setting`, shape (*before, cycles, *S without its first axis).
+            setting: the place of each cycle on the first axis of S.
+        """
+        place = _Place(self.theta_1.ndim, setting)
+        u = place.spread(theta_1) / self.theta_1
+        populations = place.sum(self.alone, _even(u, len(self.alone)))
+        return place.pick(populations), place.pick(place.sum(self.alone_coherence, _odd(u, len(self.alone_coherence))))
+
+    def after_both(
+        self, theta_1: Float[Array, "..."], theta_2: Float[Array, "..."], setting: Int[Array, " cycles"] | None = None
+    ) -> tuple[Float[Array, "levels ..."], Float[Array, "2 ..."]]:
+        """Populations and rho_vs after both pulses; arguments as for `after_first`."""
+        place = _Place(self.theta_1.ndim, setting)
+        u, w = place.spread(theta_1) / self.theta_1, place.spread(theta_2) / self.theta_2
+        even, odd = _even(u, len(self.first)), _odd(u, len(self.first_coherence))
+        even_2 = _even(w, len(self.second))
+        populations = jnp.sum(place.sum(self.second, even_2) * place.sum(self.first, even), axis=1)
+        coherence = times(place.sum(self.second_coherence, even_2), place.sum(self.first_coherence, odd))
+        if len(self.residual):
+            n, m = len(self.residual_coherence), self.residual.shape[1]
+            even, odd, even_2 = _even(u, m), _odd(u, n), _even(w, m)
+            by_first = [place.sum(r, even_2, axis=1) for r in (self.residual, self.residual_coherence)]
+            populations = populations + jnp.sum(by_first[0] * even[:, None], axis=0)
+            coherence = coherence + jnp.sum(by_first[1] * odd[:, None], axis=0)
+        return place.pick(populations), place.pick(coherence)
+
+
+class _Place(NamedTuple):
+    """Where the axes lie: `axes` of S, the settings first among them.
+
+    Cycles are evaluated in every setting, and then their own is picked: settings are few, and gathering coefficients
+    would copy the series for every cycle.
+    """
+
+    axes: int
+    setting: Int[Array, " cycles"] | None
+
+    def spread(self, theta: Array) -> Array:
+        return theta if self.setting is None else jnp.expand_dims(theta, theta.ndim - self.axes + 1)
+
+    def pick(self, values: Array) -> Array:
+        if self.setting is None:
+            return values
+        axis = values.ndim - self.axes
+        index = self.setting.reshape((1,) * (axis - 1) + (-1,) + (1,) * self.axes)
+        return jnp.take_along_axis(values, index, axis=axis).squeeze(axis)
+
+    def sum(self, coefficients: Array, basis: Array, axis: int = 0) -> Array:
+        """Contracts axis `axis` of (..., *S) with the first of (k, *cycles, *S); cycles come out just before S."""
+        lead = coefficients.ndim - self.axes
+        cycles = basis.ndim - 1 - self.axes
+        shape = coefficients.shape[:lead] + (1,) * cycles + coefficients.shape[lead:]
+        order = (*range(1, axis + 1), 0, *range(axis + 1, lead))
+        aligned = jnp.expand_dims(basis, tuple(range(1, lead))).transpose(
+            (*order, *range(lead, lead + cycles + self.axes))
+        )
+        return jnp.sum(coefficients.reshape(shape) * aligned, axis=axis)
+
+
+def _even(u: Array, n: int) -> Array:
+    """T_0, T_2, ... T_{2n-2} at u, on a new first axis."""
+    w = 2 * u**2 - 1
+    rows = [jnp.ones_like(w), w]
+    while len(rows) < n:
+        rows.append(2 * w * rows[-1] - rows[-2])
+    return jnp.stack(rows[:n])
+
+
+def _odd(u: Array, n: int) -> Array:
+    """T_1, T_3, ... T_{2n-1} at u, on a new first axis."""
+    w = 2 * u**2 - 1
+    rows = [u, u * (2 * w - 1)]
+    while len(rows) < n:
+        rows.append(2 * w * rows[-1] - rows[-2])
+    return jnp.stack(rows[:n])
+
+
+def points(n: int) -> np.ndarray:
+    """u of the nodes: the n positive extrema of T_2n, 1 first; the next one is zero."""
+    return np.cos(np.arange(n) * np.pi / (2 * max(n, 1)))
+
+
+def even_series(values: Float[Array, "nodes ..."], at_zero: Float[Array, "..."]) -> Float[Array, "orders ..."]:
+    """Coefficients of T_0, T_2, ... T_2n from the values at `points(n)` and at zero."""
+    u = np.append(points(len(values)), 0.0)
+    matrix = np.linalg.inv(np.cos(np.arccos(u)[:, None] * 2 * np.arange(len(u))))
+    return jnp.tensordot(jnp.asarray(matrix), jnp.concatenate([values, at_zero[None]]), 1)
+
+
+def odd_series(values: Float[Array, "nodes ..."]) -> Float[Array, "orders ..."]:
+    """Coefficients of T_1, T_3, ... T_{2n-1} from the values at `points(n)`; at zero there is nothing."""
+    u = points(len(values))
+    matrix = np.linalg.inv(np.cos(np.arccos(u)[:, None] * (2 * np.arange(len(u)) + 1)))
+    return jnp.tensordot(jnp.asarray(matrix), values, 1)
+
+
+def times(a: Array, b: Array) -> Array:
+    """Product of complex numbers given as (real, imaginary) on the first axis."""
+    return jnp.stack([a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]])
+
+
+def judged(table: AreaTable) -> AreaTable:
+    """The table with the truncation of its series added to its errors, extrapolated from the last coefficients."""
+
+    def left_out(last: Array, theta: Array, n: int) -> Array:
+        # Ratio of successive even Bessel functions, doubled for what is folded back.
+        ratio = (theta / 2) ** 2 / ((2 * n + 2) * (2 * n + 1))
+        return 2 * ratio * jnp.max(jnp.abs(last).reshape((-1, *theta.shape)), axis=0)
+
+    n, m, rest = (len(series) - 1 for series in (table.first, table.second, table.residual))
+    alone = table.error_alone + left_out(table.alone[-1], table.theta_1, n)
+    both = table.error_both + left_out(table.first[-1], table.theta_1, n) + left_out(table.second[-1], table.theta_2, m)
+    if rest > 0:
+        both = both + left_out(jnp.sum(jnp.abs(table.residual[-1]), axis=0), table.theta_1, rest)
+        both = both + left_out(jnp.sum(jnp.abs(table.residual[:, -1]), axis=0), table.theta_2, rest)
+    return dataclasses.replace(table, error_alone=alone, error_both=both)

@@ -1,0 +1,192 @@
+"""Methods by which an ion answers a cycle, and what must be decided of them before values are traced.
+
+Grids have a static number of steps and series a static number of nodes. Both are laid for the largest values that will
+occur: a box of parameters, or the values at hand, rounded up so that nearby ones share one compiled program.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from twin import grid as grids
+from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, reach, starts_of
+from twin.batching import batch_shape, real_array
+from twin.closed_form import overlap_bound
+from twin.dynamics import Adaptive, StaticGrid
+
+
+class ClosedForm(eqx.Module):
+    """Resonant pulses far apart in time, no decay and no dephasing: exact there, wrong elsewhere.
+
+    Motion and readout are kept; detunings, overlap, decay and linewidth are ignored (`closed_form_error` bounds them).
+    """
+
+
+class Lindblad(eqx.Module):
+    """The full dynamics: `AreaSeries` where the cycles of a setting outnumber its nodes, else `StaticGrid`.
+
+    Both reach the same `error`; the loop reports which one ran.
+    """
+
+    error: float = eqx.field(static=True, default=1e-8)
+
+
+class Automatic(eqx.Module):
+    """`ClosedForm` where its error is below `error`, else `Lindblad(error)`; the loop reports which one ran.
+
+    The choice needs known values: inside `jit` name the method instead.
+    """
+
+    error: float = eqx.field(static=True, default=1e-8)
+
+
+Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | Adaptive
+
+# A run of pulse 1 alone costs half of one of both pulses; a series has work of its own beside its solves.
+SOLVES_OF_CYCLE, _WORTH = 1.5, 0.7
+
+
+def ready(ion, *, cycles: int, detuning_set_hz: float):
+    """An ion of known values whose method can run: a `Lindblad` decided, steps and nodes laid, rounded up generously.
+
+    Args:
+        ion: an `IonMemristor`.
+        cycles: how many cycles share one setting.
+        detuning_set_hz: largest magnitude of the laser offsets, Hz.
+    """
+    if isinstance(ion.method, Lindblad):
+        series = _series(ion, {}, detuning_set_hz, ion.method.error, generous=True)
+        if pays(ion, series, SOLVES_OF_CYCLE * cycles):
+            return dataclasses.replace(ion, method=series)
+        ion = dataclasses.replace(ion, method=StaticGrid(error=ion.method.error))
+    if isinstance(ion.method, AreaSeries) and ion.method.nodes is None:
+        error = float(ion.method.grid.error)
+        return dataclasses.replace(ion, method=_series(ion, {}, detuning_set_hz, error, generous=True))
+    if isinstance(ion.method, StaticGrid) and ion.method.steps is None and ion.steps is None:
+        steps = plan_steps(ion, {}, detuning_set_hz=detuning_set_hz, error=float(ion.method.error))
+        return dataclasses.replace(ion, steps=tuple(_round_up(n) for n in steps))
+    return ion
+
+
+def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0, solves: float = 1.0):
+    """The device planned for a box, so that values in it may be traced; devices without a grid pass unchanged.
+
+    Args:
+        device: any memristor; supplies the parameters outside the box, all values known.
+        box: (low, high) of each parameter that will vary.
+        detuning_set_hz: largest magnitude of the commanded laser offsets, Hz.
+        solves: solves of both pulses that one setting takes directly; decides a `Lindblad`.
+    """
+    method = getattr(device, "method", None)
+    if isinstance(method, Lindblad):
+        series = _series(device, box, detuning_set_hz, method.error)
+        method = series if pays(device, series, solves) else StaticGrid(error=method.error)
+    elif isinstance(method, AreaSeries):
+        method = _series(device, box, detuning_set_hz, float(method.grid.error))
+    if isinstance(method, StaticGrid):
+        error = float(method.error)
+        steps = plan_steps(device, box, detuning_set_hz=detuning_set_hz, error=error)
+        return dataclasses.replace(device, steps=steps, method=dataclasses.replace(method, finest=error))
+    return dataclasses.replace(device, method=method) if isinstance(method, AreaSeries) else device
+
+
+def coarsened(device, error: float):
+    """A planned device at a larger solver error: fewer steps of the same compiled program; others pass unchanged."""
+    return _with_grid(device, error=jnp.asarray(error, float))
+
+
+def forward_mode(device):
+    """The device with its solver set for forward-mode derivatives; others pass unchanged."""
+    return _with_grid(device, differentiation="forward")
+
+
+def _with_grid(device, **changes):
+    method = getattr(device, "method", None)
+    if isinstance(method, StaticGrid):
+        return dataclasses.replace(device, method=dataclasses.replace(method, **changes))
+    if isinstance(method, AreaSeries):
+        grid = dataclasses.replace(method.grid, **changes)
+        return dataclasses.replace(device, method=dataclasses.replace(method, grid=grid))
+    return device
+
+
+def pays(ion, series: AreaSeries, solves: float) -> bool:
+    """Whether a series takes clearly fewer solves than the cycles themselves."""
+    assert series.nodes is not None
+    return series.nodes.lanes(len(starts_of(ion.system(0.0, 0.0)))) < _WORTH * solves
+
+
+def plan_steps(
+    device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: float = 0.0, error: float
+) -> tuple[int, int]:
+    """Grid steps of the two kinds of run that serve every ion in a box of parameters.
+
+    Args:
+        device: an `IonMemristor`; supplies the parameters outside the box; all values known.
+        box: (low, high) of each parameter that will vary.
+        detuning_set_hz: largest magnitude of the commanded laser offsets, Hz.
+        error: population error aimed at.
+
+    Returns:
+        Steps for pulse 1 alone, and for both pulses. Devices outside the box may come out invalid (NaN, flagged).
+    """
+    spread, system = _corners(device, box, detuning_set_hz)
+    theta_1, theta_2 = spread.largest_areas
+    steps = []
+    for second, couplings in ((None, 1), (theta_2, 2)):
+        part = dataclasses.replace(system, couplings=system.couplings[:couplings])
+        pulses, window = spread.pulses(theta_1, second), spread.window(second is None)
+        steps.append(grids.plan_steps(part, pulses, window, error, batch_shape(part, pulses, window)))
+    return steps[0], steps[1]
+
+
+def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = False) -> AreaSeries:
+    spread, system = _corners(ion, box, detuning_set_hz)
+    timing, areas = spread.timing, spread.largest_areas
+    overlap = _largest(overlap_bound(*areas, timing.separation_s, timing.sigma_1_s, timing.sigma_2_s))
+    theta_1, theta_2 = (_largest(theta) for theta in areas)
+    if generous:
+        theta_1, theta_2 = (math.ceil(1.05 * theta / (math.pi / 4)) * math.pi / 4 for theta in (theta_1, theta_2))
+        overlap = 0.0 if overlap == 0 else 10 ** math.ceil(math.log10(overlap))
+    sigmas = reach(error)
+    cut = bool(jnp.any(timing.tail_s < sigmas * timing.sigma_1_s))
+    nodes = choose_nodes(theta_1, theta_2, overlap, error, cut)
+    windows, zero = timing.windows(sigmas), jnp.zeros_like(areas[0])
+
+    def steps_of(window: str, thetas) -> int:
+        pulses = timing.pulses(*thetas)
+        shape = batch_shape(system, pulses, windows[window])
+        steps = grids.plan_steps(system, pulses, windows[window], SOLVE_SHARE * error, shape)
+        return _round_up(steps) if generous else steps
+
+    one = max(steps_of("first", (areas[0], zero)), steps_of("second", (zero, areas[1])))
+    both = steps_of("both", areas) if nodes.overlap else one
+    return AreaSeries(StaticGrid(error=error, finest=error), nodes, (one, both))
+
+
+def _corners(ion, box: Mapping[str, tuple[float, float]], detuning_set_hz: float):
+    """The ion and its level graph at the corners of the box and laser offsets of either sign, on a new first axis."""
+    names = [name for name in box if hasattr(ion, name)]
+    ranges = [box[name] for name in names] + [(-abs(detuning_set_hz), abs(detuning_set_hz))] * 2
+    corners = np.array(list(itertools.product(*ranges)), float)
+    axes = len(batch_shape(ion.system(0.0, 0.0), ion.pulses(ion.rabi_scale_1, ion.rabi_scale_2)))
+    columns = [real_array(column.reshape((-1,) + (1,) * axes)) for column in corners.T]
+    spread = dataclasses.replace(ion, **dict(zip(names, columns, strict=False)))
+    return spread, spread.system(*columns[-2:])
+
+
+def _largest(values) -> float:
+    """Of those that are numbers: a bad device comes out invalid in its own lane, and decides nothing for the others."""
+    values = np.asarray(values)
+    return float(np.max(values[np.isfinite(values)], initial=0.0))
+
+
+def _round_up(steps: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ..."""
+    power = 16 * 2 ** max(0, math.ceil(math.log2(steps / 16)))
+    return power * 3 // 4 if power > 16 and steps <= power * 3 // 4 else power
