@@ -41,19 +41,18 @@ class Nodes(NamedTuple):
     """Sizes of the series, static.
 
     Attributes:
-        first, second: nodes in the area of each pulse, zero not counted.
+        pulse: nodes in the area of each pulse, zero not counted.
         overlap: the same for each side of the residual; 0 where pulses are apart.
         cut: whether the run of pulse 1 alone is read out before that pulse has faded, and needs solves of its own.
     """
 
-    first: int
-    second: int
+    pulse: int
     overlap: int
     cut: bool
 
     def lanes(self, starts: int) -> int:
         """Number of solves for one setting."""
-        return self.first * (1 + self.cut) + starts * self.second + self.overlap**2
+        return self.pulse * (1 + self.cut + starts) + self.overlap**2
 
 
 class AreaSeries(eqx.Module):
@@ -78,7 +77,7 @@ class AreaSeries(eqx.Module):
         """The method of a solve of one pulse, or of both: three of them, and the series, share the error."""
         finest = None if self.grid.finest is None else SOLVE_SHARE * self.grid.finest
         steps = None if self.steps is None else self.steps[both]
-        return dataclasses.replace(self.grid, error=SOLVE_SHARE * self.grid.error, finest=finest, steps=steps)
+        return dataclasses.replace(self.grid, error=SOLVE_SHARE * self.grid.error, finest=finest, steps=steps, shared=True)
 
 
 def reach(error: float) -> float:
@@ -107,7 +106,7 @@ def choose_nodes(theta_1: float, theta_2: float, overlap: float, error: float, c
     # The residual is smaller than half of the overlap angle: 2.2 times and more where it is largest.
     size = min(1.0, 0.5 * overlap)
     rest = nodes_for(max(theta_1, theta_2), own / size) if size > own else 0
-    return Nodes(nodes_for(theta_1, own), nodes_for(theta_2, own), rest, cut)
+    return Nodes(nodes_for(max(theta_1, theta_2), own), rest, cut)
 
 
 def starts_of(system: LevelSystem) -> tuple[str, ...]:
@@ -222,13 +221,12 @@ def tabulate(
     # Where the nodes lie is a choice of ours, without derivative. A pulse that is never driven gets a token range.
     theta_1, theta_2 = (jnp.broadcast_to(jnp.maximum(jnp.abs(lax.stop_gradient(t)), 1e-6), shape) for t in largest)
     windows = timing.windows(reach(float(method.finest_error)))
-    n, m, rest = nodes.first, nodes.second, nodes.overlap
-    u_1, u_2, u_rest = points(n), points(m), points(rest)
+    rest = nodes.overlap
+    u, u_rest = points(nodes.pulse), points(rest)
     starts = starts_of(system)
     solve = _Solver(method, system, timing, windows, (theta_1, theta_2))
-    # (pulse, window, prepared level) of each group of lanes
-    groups = [(0, "first", start)] + [(0, "alone", start)] * nodes.cut + [(1, "second", level) for level in starts]
-    states, errors, valid = solve.one_pulse(groups, (u_1, u_2))
+    rows = [(0, "first", start)] + [(0, "alone", start)] * nodes.cut + [(1, "second", level) for level in starts]
+    states, errors, valid = solve.one_pulse(u, rows)
     levels = len(system.levels)
 
     def fly(window_end: Array, to: Array) -> tuple[Array, Array]:
@@ -254,10 +252,10 @@ def tabulate(
     rest_state = jnp.zeros((levels, *shape)).at[system.index(start)].set(1.0)
     first, alone = (_lanes_first(populations(*pair)) for pair in ((to_second, states[0]), (to_own_end, own)))
     # Shape (nodes, to, from, *S); the flight serves levels that no solve was made for.
-    second = jnp.broadcast_to(through[0], (m, *through[0].shape))
+    second = jnp.broadcast_to(through[0], (nodes.pulse, *through[0].shape))
     for level, state in columns.items():
         second = second.at[:, :, system.index(level)].set(_lanes_first(populations(to_end, state)))
-    carried, carried_valid = solve.carried_coherence(u_2)
+    carried, carried_valid = solve.carried_coherence(u)
     factor = _lanes_first(coherence(to_end, carried))
     table = AreaTable(
         theta_1=theta_1,
@@ -316,44 +314,41 @@ class _Solver(NamedTuple):
     def areas(self, u: np.ndarray, pulse: int) -> Float[Array, "lanes ..."]:
         return u.reshape((-1,) + (1,) * len(self.shape)) * self.largest[pulse]
 
-    def one_pulse(self, groups, nodes: tuple[np.ndarray, np.ndarray]):
-        """Components (populations in the order of the graph, then the driven coherence), errors and validity.
+    def one_pulse(self, u: np.ndarray, rows: list[tuple[int, str, str]]):
+        """Solves of one pulse, a row for each (pulse, window, prepared level), all nodes of a row in one grid.
 
         Which two levels a pulse drives is no difference to its solve: both pulses are lanes of one program.
+
+        Returns:
+            Components of each row (populations in the order of the graph, then the driven coherence), the error of each
+            row, and validity.
         """
         graphs, orders = zip(*(self.system.alone(k) for k in (0, 1)), strict=True)
-        lanes = [len(nodes[pulse]) for pulse, _, _ in groups]
-        n, of_group = len(self.system.levels), [pulse for pulse, _, _ in groups]
-        prepared = np.zeros((n, n, sum(lanes)))
-        cuts = np.cumsum(lanes)[:-1]
-        for lane, (pulse, _, level) in zip(np.split(np.arange(sum(lanes)), cuts), groups, strict=True):
+        n, of_row = len(self.system.levels), [pulse for pulse, _, _ in rows]
+        prepared = np.zeros((n, n, 1, len(rows)))
+        for row, (pulse, _, level) in enumerate(rows):
             place = orders[pulse].index(self.system.index(level))
-            prepared[place, place, lane] = 1.0
-        spread = lambda values: jnp.concatenate(
-            [jnp.broadcast_to(v, (count, *self.shape)) for v, count in zip(values, lanes, strict=True)]
-        )
-        timing = self.timing
-        centers, sigmas = (jnp.zeros(()), timing.separation_s), (timing.sigma_1_s, timing.sigma_2_s)
+            prepared[place, place, 0, row] = 1.0
+        timing, stack = self.timing, lambda row: jnp.stack([jnp.broadcast_to(v, self.shape) for v in row])
+        centers, sigmas = (0.0, timing.separation_s), (timing.sigma_1_s, timing.sigma_2_s)
         pulse = Gaussian.from_area(
-            jnp.concatenate([self.areas(nodes[k], k) for k in of_group]),
-            center_s=spread([centers[k] for k in of_group]),
-            sigma_s=spread([sigmas[k] for k in of_group]),
+            jnp.stack([self.areas(u, k) for k in of_row], axis=1),
+            center_s=stack([centers[k] for k in of_row]),
+            sigma_s=stack([sigmas[k] for k in of_row]),
         )
-        windows = [self.windows[window] for _, window, _ in groups]
+        windows = [self.windows[window] for _, window, _ in rows]
         solution = evolve(
-            side_by_side([graphs[k] for k in of_group], lanes, self.shape),
+            side_by_side([graphs[k] for k in of_row], self.shape),
             (pulse,),
-            start=prepared.reshape((n, n, -1) + (1,) * len(self.shape)),
-            window_s=tuple(spread([window[end] for window in windows]) for end in (0, 1)),
+            start=prepared.reshape((*prepared.shape, *(1,) * len(self.shape))),
+            window_s=tuple(stack([window[end] for window in windows]) for end in (0, 1)),
             method=self.method.solves(both=False),
         )
-        states = jnp.split(solution.state[0], cuts, axis=1)
         states = [
-            jnp.concatenate([state[np.argsort(orders[k])], state[n : n + 2]])
-            for k, state in zip(of_group, states, strict=True)
+            jnp.concatenate([solution.state[0, np.argsort(orders[k]), :, row], solution.state[0, n : n + 2, :, row]])
+            for row, k in enumerate(of_row)
         ]
-        errors = [jnp.max(e, axis=0) for e in jnp.split(solution.error_estimate, cuts, axis=0)]
-        return states, errors, jnp.all(solution.valid, axis=0)
+        return states, list(jnp.max(solution.error_estimate, axis=0)), jnp.all(solution.valid, axis=(0, 1))
 
     def carried_coherence(self, u: np.ndarray):
         """Components at the end of pulse 2 alone of a rho_vs that was 1 before it, and validity.

@@ -47,13 +47,13 @@ def _leaves(tree, leading: int):
         yield tree, leading
 
 
-def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0):
-    """The same tree with every number spread over the whole batch."""
+def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0, narrow: tuple[int, ...] | None = None):
+    """The same tree with every number spread over the whole batch, or over `narrow`, with ones in it, where it fits."""
     if isinstance(tree, (tuple, list)):
-        return tuple(broadcast_batch(item, shape, leading) for item in tree)
+        return tuple(broadcast_batch(item, shape, leading, narrow) for item in tree)
     if isinstance(tree, eqx.Module):
         new = {
-            f.name: broadcast_batch(getattr(tree, f.name), shape, f.metadata.get("leading", 0))
+            f.name: broadcast_batch(getattr(tree, f.name), shape, f.metadata.get("leading", 0), narrow)
             for f in dataclasses.fields(tree)
             if not f.metadata.get("static", False)
         }
@@ -62,7 +62,9 @@ def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0):
         return None
     # New axes go between the leading ones and the batch: three energies are not three lanes.
     lead, batch = tree.shape[:leading], tree.shape[leading:]
-    return jnp.broadcast_to(tree.reshape(lead + (1,) * (len(shape) - len(batch)) + batch), lead + shape)
+    batch = (1,) * (len(shape) - len(batch)) + batch
+    fits = narrow is not None and all(n == 1 or n == size for n, size in zip(batch, narrow, strict=True))
+    return jnp.broadcast_to(tree.reshape(lead + batch), lead + (narrow if fits else shape))
 
 
 def is_traced(*trees) -> bool:

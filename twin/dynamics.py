@@ -42,12 +42,15 @@ class StaticGrid(eqx.Module):
             `error` may change without compiling again.
         differentiation: "reverse" for `jax.grad` (one state a step is kept, stages are recomputed), "forward" for
             `jax.jvp` and `jax.jacfwd`.
+        shared: whether lanes along the first batch axis share one grid, the hungriest lane's. They must share window
+            and save times. Worth it where they share pulse shapes as well, which are then computed once.
     """
 
     error: Float[Array, ""] = physical(default=1e-8)
     steps: int | None = eqx.field(static=True, default=None)
     finest: float | None = eqx.field(static=True, default=None)
     differentiation: str = eqx.field(static=True, default="reverse")
+    shared: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         within = "between 1e-13 and 1e-3"
@@ -253,7 +256,8 @@ def _with_steps(method, problem: Problem, shape: tuple[int, ...], at_end: bool):
         )
     system, pulses, window, saves = problem.system, problem.pulses, problem.window_s, problem.save_s
     if isinstance(method, StaticGrid):
-        steps = grids.plan_steps(system, pulses, window, float(method.error), shape) + saves.shape[0]
+        narrow = _grid_shape(shape, method)
+        steps = grids.plan_steps(system, pulses, window, float(method.error), narrow) + saves.shape[0]
     elif at_end:
         steps = grids.plan_steps(system, pulses, window, float(method.error), shape, magnus.RULE)
     else:
@@ -275,8 +279,10 @@ def solve(
     problem: Problem, shape: tuple[int, ...], method: StaticGrid | Magnus | Adaptive, at_end: bool
 ) -> tuple[Solution, Bool[Array, "..."], Bool[Array, "..."]]:
     """(solution, pulses seen, success): everything behind the checks as one program, compiled once for all values."""
-    # One number a lane from here on: a number shared by lanes would be summed over them at every stage of a gradient.
-    problem = broadcast_batch(problem, shape)
+    if isinstance(method, StaticGrid):
+        problem = _spread(problem, shape, _grid_shape(shape, method))
+    else:
+        problem = broadcast_batch(problem, shape)
     system, pulses = problem.system, problem.pulses
     if isinstance(method, Adaptive):
         t_s, state, coverage, success = _solve_lanes(problem, method, len(shape))
@@ -290,12 +296,25 @@ def solve(
         elapsed_s = t_s - problem.window_s[0]
         state = jax.vmap(lambda part, time_s: turned_back(system, part, time_s, pure=problem.pure))(state, elapsed_s)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
-    silent = [jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses]
-    seen = jnp.all((coverage >= grids.MIN_COVERAGE) | jnp.array(silent, bool).reshape(coverage.shape), axis=0)
+    silent = jnp.array([jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses], bool)
+    seen = jnp.all((coverage >= grids.MIN_COVERAGE) | silent.reshape((-1, *shape)), axis=0)
     valid = seen & success & _sensible(problem, shape) & jnp.all(jnp.isfinite(state), axis=(0, 1))
     state = jnp.where(valid, state, jnp.nan)
     populations = _populations(state, len(system.levels), problem.pure)
-    return Solution(t_s, state, populations, coverage, valid, bound), seen, success
+    t_s, coverage = (jnp.broadcast_to(a, (len(a), *shape)) for a in (t_s, coverage))
+    return Solution(t_s, state, populations, coverage, valid, jnp.broadcast_to(bound, shape)), seen, success
+
+
+def _grid_shape(shape: tuple[int, ...], method: StaticGrid) -> tuple[int, ...]:
+    return (1, *shape[1:]) if method.shared and shape else shape
+
+
+def _spread(problem: Problem, shape: tuple[int, ...], narrow: tuple[int, ...]) -> Problem:
+    """One number a lane; what lanes of a shared grid have in common stays one number."""
+    new = broadcast_batch(problem, shape, narrow=narrow)
+    if new.window_s[0].shape != narrow or new.window_s[1].shape != narrow or new.save_s.shape[1:] != narrow:
+        raise ValueError("lanes along the first axis share their grid, and must share window and save times.")
+    return dataclasses.replace(new, state=jnp.broadcast_to(problem.state, (len(problem.kept), *shape)))
 
 
 _NOT_SEEN = (
@@ -350,12 +369,14 @@ def _solve_grid(problem: Problem, shape: tuple[int, ...], method: StaticGrid, at
     steps = method.steps
     saves = None if at_end else problem.save_s
     share = 1.0 if method.finest is None else grids.coarser_share(method.error, method.finest)
-    plan = grids.lay(system, pulses, window, steps, share, shape, saves)
+    plan = grids.lay(system, pulses, window, steps, share, window[0].shape, saves)
     reverse = method.differentiation == "reverse"
-    state = runge_kutta.walk(problem, plan.grid, plan.walked, steps=steps, reverse=reverse, saved=not at_end)
+    wide = broadcast_batch(system, shape)
+    state = runge_kutta.walk(problem, plan.grid, wide, plan.walked, steps=steps, reverse=reverse, saved=not at_end)
     if saves is not None:
         # Save times are knots of the grid: pick each lane's own point.
         nearest = jnp.argmin(jnp.abs(plan.t_s[None] - saves[:, None]), axis=1)
+        nearest = jnp.broadcast_to(nearest, (len(saves), *shape))
         state = jnp.take_along_axis(state, nearest[:, None], axis=0)
     fine = plan.action_per_step <= grids.DOPRI8.allowed_action(method.error) * (1 + 1e-9)
     return problem.save_s, state, plan.coverage, fine, grids.DOPRI8.error_of(plan.action_per_step)

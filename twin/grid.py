@@ -160,13 +160,14 @@ def lay(
 ) -> Plan:
     """Lays a grid in each lane. Derivatives flow through the knots; the allotment of steps has none.
 
+    Where `shape`, that of the grids, has a one in place of many lanes, these share the grid that the hungriest needs.
     `steps` is the static length of the program. It walks the `share` in (0, 1] of them that a coarser error needs; the
     share is traced, so that a search and its polish are one program.
     """
     knot = knots(pulses, window_s, shape, save_s)
     segments = knot.shape[0] - 1
     left, right = lax.stop_gradient(knot[:-1]), lax.stop_gradient(knot[1:])
-    actions = (right - left) * lax.stop_gradient(rule.density(system, pulses, left, right))
+    actions = (right - left) * _hungriest(rule.density(system, pulses, left, right), shape)
     cumulative = jnp.cumsum(actions, axis=0)
     # Every segment that has a length has one step; the others go where the action is. Floors of a sum always add up.
     walked = segments + jnp.ceil((steps - segments) * share).astype(int)
@@ -180,6 +181,13 @@ def lay(
     # An integer allotment can leave a segment with coarser steps than the mean: judge the worst one.
     per_step = jnp.max(actions / jnp.maximum(jnp.diff(knot_index, axis=0), 1), axis=0)
     return Plan(grid, walked, t_s, per_step, coverage(pulses, t_s))
+
+
+def _hungriest(density: Float[Array, "segments ..."], shape: tuple[int, ...]) -> Float[Array, "segments ..."]:
+    """Largest density of the lanes that share a grid, along the axes where `shape` has a one; NaN lanes have no say."""
+    density = lax.stop_gradient(density)
+    shared = tuple(k + 1 for k, n in enumerate(shape) if n == 1 and density.shape[k + 1] > 1)
+    return jnp.nanmax(density, axis=shared, keepdims=True) if shared else density
 
 
 def coverage(pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "points ..."]) -> Int[Array, "pulses ..."]:
@@ -217,5 +225,5 @@ def plan_steps(
 def _total_action(system, pulses, window_s, shape: tuple[int, ...], rule: StepRule):
     """Action of each lane, and its segments of any length; one program compiles faster than a dozen small ones."""
     knot = knots(pulses, window_s, shape)
-    actions = jnp.diff(knot, axis=0) * lax.stop_gradient(rule.density(system, pulses, knot[:-1], knot[1:]))
+    actions = jnp.diff(knot, axis=0) * _hungriest(rule.density(system, pulses, knot[:-1], knot[1:]), shape)
     return jnp.sum(actions, axis=0), jnp.sum(knot[1:] > knot[:-1], axis=0)

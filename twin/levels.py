@@ -110,14 +110,12 @@ class LevelSystem(eqx.Module):
         return not (self.decays or self.dephasings)
 
 
-def side_by_side(systems: Sequence[LevelSystem], lanes: Sequence[int], shape: tuple[int, ...]) -> LevelSystem:
-    """Graphs of the same levels and couplings as one batch of shape (sum of lanes, *shape).
+def side_by_side(systems: Sequence[LevelSystem], shape: tuple[int, ...]) -> LevelSystem:
+    """Graphs of the same levels and couplings as one batch, shape (systems, *shape).
 
-    Each fills its number of lanes; a jump that a graph lacks has rate zero there.
+    A jump that a graph lacks has rate zero there.
     """
-
-    def lay(values: list) -> Array:
-        return jnp.concatenate([jnp.broadcast_to(v, (n, *shape)) for v, n in zip(values, lanes, strict=True)])
+    stack = lambda row: jnp.stack([jnp.broadcast_to(value, shape) for value in row])
 
     def rates(jumps: list, key: Callable) -> dict:
         """Rate of each kind of jump in each graph."""
@@ -128,16 +126,15 @@ def side_by_side(systems: Sequence[LevelSystem], lanes: Sequence[int], shape: tu
                 row[k] = row[k] + jump.rate_per_s
         return found
 
-    first = systems[0]
-    energies = [jnp.broadcast_to(s.energies_rad_s, (len(s.levels), *shape)) for s in systems]
     decays = rates([s.decays for s in systems], lambda d: (d.source, d.target))
     dephasings = rates([s.dephasings for s in systems], lambda d: d.weights)
+    first = systems[0]
     return LevelSystem(
         first.levels,
         first.couplings,
-        jnp.stack([lay([e[j] for e in energies]) for j in range(len(first.levels))]),
-        tuple(Decay(source, target, lay(row)) for (source, target), row in decays.items()),
-        tuple(Dephasing(weights, lay(row)) for weights, row in dephasings.items()),
+        jnp.stack([stack([s.energies_rad_s[j] for s in systems]) for j in range(len(first.levels))]),
+        tuple(Decay(source, target, stack(row)) for (source, target), row in decays.items()),
+        tuple(Dephasing(weights, stack(row)) for weights, row in dephasings.items()),
     )
 
 

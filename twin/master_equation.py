@@ -16,6 +16,7 @@ from itertools import combinations
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from twin.levels import LevelSystem
@@ -167,7 +168,8 @@ def turning(system: LevelSystem, drives: list[Drive], time_s: Float[Array, "..."
     turned = []
     for (source, target), drive in zip(system.couplings, drives, strict=True):
         energy = system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)]
-        real, imag = _product((drive.real, drive.imag), cos_sin(energy * time_s))
+        # Without the barrier the compiler computes both anew for each of the lanes that share a time.
+        real, imag = _product((drive.real, drive.imag), lax.optimization_barrier(cos_sin(energy * time_s)))
         assert real is not None  # a drive has a real part
         turned.append(Drive(real, imag))
     return turned
