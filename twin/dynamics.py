@@ -291,10 +291,10 @@ def solve(
         t_s, state, coverage, success, bound = _solve_magnus(problem, shape, method, at_end=at_end)
     else:
         t_s, state, coverage, success, bound = _solve_grid(problem, shape, method, at_end=at_end)
-    state = problem.whole(state)
     if not isinstance(method, Magnus):
         elapsed_s = t_s - problem.window_s[0]
-        state = jax.vmap(lambda part, time_s: turned_back(system, part, time_s, pure=problem.pure))(state, elapsed_s)
+        state = turned_back(system, state, elapsed_s, problem.kept, pure=problem.pure)
+    state = problem.whole(state)
     # A pulse without amplitude cannot be missed: a lane may leave pulse 2 out by setting its area to zero.
     silent = jnp.array([jnp.broadcast_to(pulse.peak_rad_s == 0, shape) for pulse in pulses], bool)
     seen = jnp.all((coverage >= grids.MIN_COVERAGE) | silent.reshape((-1, *shape)), axis=0)

@@ -176,23 +176,33 @@ def turning(system: LevelSystem, drives: list[Drive], time_s: Float[Array, "..."
 
 
 def turned_back(
-    system: LevelSystem, state: Float[Array, "components ..."], time_s: Float[Array, "..."], *, pure: bool
-) -> Float[Array, "components ..."]:
-    """State in the rotating frame of the graph, a time after the start of the interaction picture."""
+    system: LevelSystem,
+    state: Float[Array, "saves kept ..."],
+    time_s: Float[Array, "saves ..."],
+    kept: tuple[int, ...],
+    *,
+    pure: bool,
+) -> Float[Array, "saves kept ..."]:
+    """State in the rotating frame of the graph, a time after the start of the interaction picture.
+
+    `kept` names the components that are there; of a complex number always both.
+    """
     n = len(system.levels)
     if pure:
-        pairs = [(j, n + j, system.energies_rad_s[j]) for j in range(n)]
+        turning_pairs = [(j, n + j, system.energies_rad_s[j]) for j in range(n)]
     else:
-        pairs = [
+        turning_pairs = [
             (n + 2 * k, n + 2 * k + 1, system.energies_rad_s[a] - system.energies_rad_s[b])
             for k, (a, b) in enumerate(combinations(range(n), 2))
         ]
-    parts = list(state)
-    for real, imag, energy in pairs:
-        cos, sin = cos_sin(energy * time_s)
-        parts[real] = cos * state[real] + sin * state[imag]
-        parts[imag] = cos * state[imag] - sin * state[real]
-    return jnp.stack(parts)
+    turning_pairs = [(kept.index(real), kept.index(imag), e) for real, imag, e in turning_pairs if real in kept]
+    if not turning_pairs:
+        return state
+    reals, imags, energies = zip(*turning_pairs, strict=True)
+    real, imag = state[:, np.array(reals)], state[:, np.array(imags)]
+    cos, sin = cos_sin(jnp.stack(energies) * time_s[:, None])
+    turned = state.at[:, np.array(reals)].set(cos * real + sin * imag)
+    return turned.at[:, np.array(imags)].set(cos * imag - sin * real)
 
 
 def pack_density(

@@ -58,12 +58,18 @@ def walk(
         reverse: for `jax.grad`; else for `jax.jvp`.
         saved: whether to return the states at all points.
     """
+    # Lanes as one axis: loops over several short ones are slow.
+    shape = equation.state.shape[1:]
+    flat = lambda tree: jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - len(shape)], -1), tree)
+    start, system = lax.optimization_barrier((flat(equation.state), flat(system)))
     go = _reversible if reverse else _march
-    return go((equation, grid, system), walked, steps, saved)
+    states = go((equation, grid, system, start), walked, steps, saved)
+    return states.reshape(*states.shape[:-1], *shape)
 
 
-def _march(numbers: tuple[AbstractEquation, Grid, LevelSystem], walked, steps: int, saved: bool):
-    equation = numbers[0]
+def _march(numbers, walked, steps: int, saved: bool):
+    """`numbers`: equation, grid, system and state; the last two have one axis of lanes."""
+    y0 = numbers[3]
 
     def advance(i, y):
         drives, h = _stage_drives(numbers, i)
@@ -71,15 +77,15 @@ def _march(numbers: tuple[AbstractEquation, Grid, LevelSystem], walked, steps: i
         return y + h * jnp.tensordot(jnp.asarray(_B), slopes, 1)
 
     if not saved:
-        return lax.fori_loop(0, walked, advance, equation.state)[None]
+        return lax.fori_loop(0, walked, advance, y0)[None]
 
     def body(i, carry):
         y, points = carry
         y = advance(i, y)
         return y, lax.dynamic_update_index_in_dim(points, y, i + 1, axis=0)
 
-    points = jnp.concatenate([equation.state[None], jnp.zeros((steps, *equation.state.shape))])
-    return lax.fori_loop(0, walked, body, (equation.state, points))[1]
+    points = jnp.concatenate([y0[None], jnp.zeros((steps, *y0.shape))])
+    return lax.fori_loop(0, walked, body, (y0, points))[1]
 
 
 def _stage_drives(numbers, i) -> tuple[list[Drive], Float[Array, "..."]]:
@@ -87,13 +93,13 @@ def _stage_drives(numbers, i) -> tuple[list[Drive], Float[Array, "..."]]:
 
     So the loop over stages is left with additions and multiplications.
     """
-    equation, grid, _ = numbers
+    equation, grid = numbers[:2]
     shape = equation.state.shape[1:]
     start, h = grid.point(i), grid.step_length(i)
     nodes = _C.reshape((-1,) + (1,) * h.ndim)
     time = StageTime(start + nodes * h, jnp.broadcast_to(start + 0.5 * h, (_C.size, *h.shape)))
-    drives = jax.tree.map(lambda part: jnp.broadcast_to(part, (_C.size, *shape)), equation.drives(time))
-    return drives, jnp.broadcast_to(h, shape)
+    drives = jax.tree.map(lambda p: jnp.broadcast_to(p, (_C.size, *shape)).reshape(_C.size, -1), equation.drives(time))
+    return lax.optimization_barrier((drives, jnp.broadcast_to(h, shape).ravel()))
 
 
 def _dopri8_tableau() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,7 +120,7 @@ def _stages(numbers, drives: list[Drive], y0, h):
 
     A loop over a buffer: unrolled, the stages compile ten times longer (their gradient a hundred) and run no faster.
     """
-    equation, _, system = numbers
+    equation, _, system, _ = numbers
 
     def stage(carry, row):
         slopes, j = carry
@@ -148,8 +154,9 @@ def _backward(points, from_result, perturbed, numbers, walked, steps: int, saved
     varied, fixed = eqx.partition(numbers, eqx.is_inexact_array)
     equation = numbers[0]
 
-    def slope(system, drive, y):
-        return equation.rhs(eqx.combine(system, fixed[2]), drive, y)
+    def slopes_of(system, drives, states):
+        """Slopes of all stages; the axis of stages goes behind that of components."""
+        return equation.rhs(eqx.combine(system, fixed[2]), drives, jnp.moveaxis(states, 0, 1))
 
     def body(k, carry):
         from_y, to_numbers, to_system = carry
@@ -158,25 +165,25 @@ def _backward(points, from_result, perturbed, numbers, walked, steps: int, saved
         states, slopes = _stages(numbers, drives, points[i], h)
 
         def stage(carry, row):
-            from_states, to_system, to_h, j = carry
-            weights, b, drive, y, slope_j = row
+            from_states, j = carry
+            weights, b, drive = row
             from_slope = b * from_y + jnp.tensordot(weights, from_states, 1)
-            _, pullback = jax.vjp(slope, varied[2], drive, y)
-            to_system_j, to_drive, from_state = pullback(h * from_slope)
-            from_states = lax.dynamic_update_index_in_dim(from_states, from_state, j, axis=0)
-            to_h = to_h + jnp.sum(from_slope * slope_j, axis=0)
-            return (from_states, jax.tree.map(jnp.add, to_system, to_system_j), to_h, j - 1), to_drive
+            # The equation is linear: its transpose needs no state.
+            _, transposed = jax.vjp(lambda y: equation.rhs(numbers[2], drive, y), from_y)
+            (from_state,) = transposed(h * from_slope)
+            return (lax.dynamic_update_index_in_dim(from_states, from_state, j, axis=0), j - 1), from_slope
 
-        start = (jnp.zeros_like(states), to_system, jnp.zeros_like(h), _C.size - 1)
-        rows = (jnp.asarray(_A.T), jnp.asarray(_B), drives, states, slopes)
-        (from_states, to_system, to_h, _), to_drives = lax.scan(stage, start, rows, reverse=True)
-        (to_numbers_i,) = to_inputs((to_drives, to_h))
+        rows = (jnp.asarray(_A.T), jnp.asarray(_B), drives)
+        (from_states, _), from_slopes = lax.scan(stage, (jnp.zeros_like(states), _C.size - 1), rows, reverse=True)
+        # Everything that is no recursion, for all stages at once.
+        _, pullback = jax.vjp(lambda s, d: slopes_of(s, d, states), varied[2], drives)
+        to_system_i, to_drives = pullback(jnp.moveaxis(h * from_slopes, 0, 1))
+        (to_numbers_i,) = to_inputs((to_drives, jnp.sum(from_slopes * slopes, axis=(0, 1))))
         from_y = from_y + jnp.sum(from_states, axis=0) + (from_result[i] if saved else 0.0)
-        return from_y, jax.tree.map(jnp.add, to_numbers, to_numbers_i), to_system
+        add = lambda old, new: jax.tree.map(jnp.add, old, new)
+        return from_y, add(to_numbers, to_numbers_i), add(to_system, to_system_i)
 
     zeros = jax.tree.map(jnp.zeros_like, (varied, varied[2]))
     from_end = from_result[walked] if saved else from_result[0]
     from_start, to_numbers, to_system = lax.fori_loop(0, walked, body, (from_end, *zeros))
-    to_equation, to_grid, _ = to_numbers
-    to_equation = eqx.tree_at(lambda e: e.state, to_equation, to_equation.state + from_start)
-    return to_equation, to_grid, to_system
+    return *to_numbers[:2], to_system, from_start
