@@ -1,16 +1,20 @@
-"""The one optimization loop of the project: Optax from many starts, one start after another, each stopping by itself.
+"""The one optimization loop of the project: Optax from many starts, each stopping by itself.
 
-Calibration and pulse design both come here. Starts run in `lax.map`, not `vmap`: a start's line search then costs only
-its own evaluations, and one start's arrays fit the cache.
+Calibration and pulse design both come here. Starts are dealt to groups, one thread a core computes group after group,
+and the starts of a group run in `lax.map`, not `vmap`: a start's line search then costs only its own evaluations, and
+one start's arrays fit the cache. Both optimizers are one program, because compiling the loss is what a user waits for.
 """
 
+import math
+import multiprocessing
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -66,12 +70,19 @@ class _Walker(NamedTuple):
 _DECREASE = 1e-4
 
 
-@lru_cache
-def _optimizer(stage: Stage) -> optax.GradientTransformation:
-    if stage.optimizer == "lbfgs":
-        return optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
-    rate = optax.cosine_decay_schedule(stage.learning_rate, stage.iterations, alpha=0.1)
-    return optax.adam(rate, b2=0.95)
+# More groups than cores: starts take different times.
+_GROUPS_A_CORE = 4
+_ADAM = optax.scale_by_adam(b2=0.95)
+_LBFGS = optax.scale_by_lbfgs()
+
+
+class _Rules(NamedTuple):
+    """A `Stage` as numbers, so that all stages are one program."""
+
+    adam: Bool[Array, ""]
+    iterations: Int[Array, ""]
+    tolerance: Float[Array, ""]
+    learning_rate: Float[Array, ""]
 
 
 def minimize(
@@ -98,17 +109,49 @@ def minimize(
         chunk: iterations between calls of `on_progress`.
         on_progress: called with the iterations done and the losses.
     """
-    # The tolerance is traced: stages that differ in nothing else are one program.
-    tolerance, stage = jnp.asarray(stage.tolerance, float), stage._replace(tolerance=0.0)
-    walkers = _begin(stage, starts, jnp.ones(len(starts), bool) if active is None else active)
-    for done in range(0, stage.iterations, chunk):
-        length = jnp.asarray(min(chunk, stage.iterations - done))
-        walkers = _advance(loss, stage, length, tolerance, args, each, walkers)
-        if on_progress is not None:
-            on_progress(min(done + chunk, stage.iterations), walkers.value)
-        if bool(jnp.all(_finished(walkers))):
-            break
-    return Minimum(walkers.point, walkers.value, walkers.stalls >= 2, walkers.taken)
+    active = np.ones(len(starts), bool) if active is None else np.asarray(active)
+    groups = _deal(active)
+    rules = _Rules(
+        jnp.asarray(stage.optimizer == "adam"),
+        jnp.asarray(stage.iterations),
+        jnp.asarray(stage.tolerance, float),
+        jnp.asarray(stage.learning_rate, float),
+    )
+    # A filler is a copy of the first start that does not run.
+    data = [jax.tree.map(lambda a, own=group: a[own], (starts, each)) for group in groups]
+    runs = [active[group] & (group >= 0) for group in groups]
+    walkers = [_begin(points, jnp.asarray(run)) for (points, _), run in zip(data, runs, strict=True)]
+    advance = lambda length, k: _advance(loss, rules, jnp.asarray(length), args, data[k][1], walkers[k])
+    # Compiled here, so that no two threads compile the same.
+    jax.block_until_ready(advance(0, 0))
+    with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
+        for done in range(0, stage.iterations, chunk):
+            length = min(chunk, stage.iterations - done)
+            run = lambda k, length=length: jax.block_until_ready(advance(length, k))
+            moving = [k for k, w in enumerate(walkers) if not bool(jnp.all(_finished(w)))]
+            for k, walker in zip(moving, pool.map(run, moving), strict=True):
+                walkers[k] = walker
+            if on_progress is not None:
+                on_progress(min(done + chunk, stage.iterations), _in_order(walkers, groups).value)
+            if all(bool(jnp.all(_finished(w))) for w in walkers):
+                break
+    end = _in_order(walkers, groups)
+    return Minimum(end.point, end.value, end.stalls >= 2, end.taken)
+
+
+def _deal(active: Bool[np.ndarray, " starts"]) -> list[Int[np.ndarray, " group"]]:
+    """Groups of equally many starts, active ones spread over them; -1 fills up."""
+    count = len(active)
+    size = math.ceil(count / (_GROUPS_A_CORE * multiprocessing.cpu_count()))
+    number = math.ceil(count / size)
+    order = np.concatenate([np.argsort(~active, kind="stable"), np.full(number * size - count, -1)])
+    return [order[k::number] for k in range(number)]
+
+
+def _in_order(walkers: list[_Walker], groups: list[Int[np.ndarray, " group"]]) -> _Walker:
+    place = np.concatenate(groups)
+    back = np.argsort(place)[np.sum(place < 0) :]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *walkers)
 
 
 def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
@@ -116,8 +159,8 @@ def _finished(walker: _Walker) -> Bool[Array, "*starts"]:
 
 
 @eqx.filter_jit
-def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool[Array, " starts"]) -> _Walker:
-    state = jax.vmap(_optimizer(stage).init)(starts)
+def _begin(starts: Float[Array, "starts parameters"], active: Bool[Array, " starts"]) -> _Walker:
+    state = (jax.vmap(_ADAM.init)(starts), jax.vmap(_LBFGS.init)(starts))
     zero, none = jnp.zeros(starts.shape[0], int), jnp.zeros_like(starts)
     value = jnp.where(active, jnp.inf, jnp.nan)
     walkers = _Walker(starts, value, none, none, jnp.ones(starts.shape[0]), state, zero, zero)
@@ -126,11 +169,8 @@ def _begin(stage: Stage, starts: Float[Array, "starts parameters"], active: Bool
 
 
 @eqx.filter_jit
-def _advance(
-    loss, stage: Stage, iterations: Int[Array, ""], tolerance: Float[Array, ""], args, each, walkers: _Walker
-) -> _Walker:
+def _advance(loss, rules: _Rules, iterations: Int[Array, ""], args, each, walkers: _Walker) -> _Walker:
     """Some iterations of every start; an iteration is one evaluation, so that the loss is compiled once."""
-    optimizer = _optimizer(stage)
 
     def one(walker_and_data) -> _Walker:
         walker, data = walker_and_data
@@ -139,14 +179,12 @@ def _advance(
             trial = w.point + w.scale * w.move
             value, gradient = jax.value_and_grad(loss)(trial, args, data)
             begins = jnp.isinf(w.value)
-            stalled = jnp.abs(w.value - value) < tolerance
+            stalled = jnp.abs(w.value - value) < rules.tolerance
             stalls = jnp.where(stalled, w.stalls + 1, 0)
-            accepted = _accept(optimizer, w, trial, value, gradient, begins)._replace(stalls=stalls)
-            if stage.optimizer == "adam":
-                return accepted
+            accepted = _accept(rules, w, trial, value, gradient, begins)._replace(stalls=stalls)
             slope = jnp.vdot(w.gradient, w.move)
             lower = value <= w.value + _DECREASE * w.scale * slope
-            good = begins | (lower & jnp.all(jnp.isfinite(gradient)))
+            good = rules.adam | begins | (lower & jnp.all(jnp.isfinite(gradient)))
             # The minimum of the parabola through both values and the slope; a third where there is none.
             bend = value - w.value - w.scale * slope
             best = jnp.where(bend > 0, -0.5 * slope * w.scale / jnp.where(bend > 0, bend, 1.0), 0.3)
@@ -163,13 +201,14 @@ def _advance(
     return lax.map(one, (walkers, each))
 
 
-def _accept(optimizer, w: _Walker, trial, value, gradient, begins) -> _Walker:
+def _accept(rules: _Rules, w: _Walker, trial, value, gradient, begins) -> _Walker:
     """The walker at its trial, with the next move."""
     # Pairs that curve the wrong way spoil the memory of L-BFGS, which then begins anew.
     curved = begins | (jnp.vdot(gradient - w.gradient, w.move) > 0)
-    fresh = optimizer.init(trial)
-    if not isinstance(w.state[0], optax.ScaleByLBFGSState):
-        curved = True
-    state = jax.tree.map(lambda old, new: jnp.where(curved, old, new), w.state, fresh)
-    move, state = optimizer.update(gradient, state, trial)
-    return _Walker(trial, value, gradient, move, jnp.ones_like(w.scale), state, w.stalls, w.taken + 1)
+    memory = jax.tree.map(lambda old, new: jnp.where(curved, old, new), w.state[1], _LBFGS.init(trial))
+    ahead, memory = _LBFGS.update(gradient, memory, trial)
+    scaled, moments = _ADAM.update(gradient, w.state[0], trial)
+    # The rate of Adam falls by a cosine to a tenth.
+    rate = rules.learning_rate * (0.55 + 0.45 * jnp.cos(jnp.pi * jnp.minimum(w.taken / rules.iterations, 1.0)))
+    move = -jnp.where(rules.adam, rate * scaled, ahead)
+    return _Walker(trial, value, gradient, move, jnp.ones_like(w.scale), (moments, memory), w.stalls, w.taken + 1)

@@ -5,11 +5,13 @@ basins polished at the device's own error. Fisher information at the optimum giv
 """
 
 import dataclasses
+import multiprocessing
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float
 from calibration import uncertainty
 from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
-from calibration.likelihood import Experiment, Prediction, log_likelihood, log_likelihood_of, pearson_chi2, predict
+from calibration.likelihood import Experiment, Prediction, log_likelihood
 from calibration.parameters import FreeParameters, anchored
 from calibration.uncertainty import Estimate
 from twin.loop import AbstractMemristor
@@ -144,7 +146,11 @@ def fit(
         seconds[name] = time.perf_counter() - began
         return found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
 
+    # The second of two large programs compiles while the first is compiled and used.
+    ahead = threading.Thread(target=uncertainty.evaluate, args=(fine, experiment, parameters, parameters.middle))
+    ahead.start()
     explored = search("search", rough, points, _EXPLORATION)
+    ahead.join()
     settled = search("descend", coarse, explored.points, _DESCENT)
     values = np.asarray(settled.values)
     if not np.any(np.isfinite(values)):
@@ -171,7 +177,7 @@ def _ready(device: AbstractMemristor, experiment: Experiment, parameters: FreePa
         device = dataclasses.replace(device, method=Lindblad(device.method.error))
     device = anchored(device)
     # Checks the names, and that the middle of the box is a device.
-    parameters.apply(device, 0.5 * (parameters.low + parameters.high))
+    parameters.apply(device, parameters.middle)
     largest, solves = experiment.settings.largest_hz, experiment.solves_of_setting
     return planned(device, parameters.boxes, detuning_set_hz=largest, solves=solves)
 
@@ -188,21 +194,16 @@ def _scales(
     device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
 ) -> Float[Array, "starts n n"]:
     """Inverse square root of the information in unbounded coordinates; the uniform prior adds 3 / pi^2 to it."""
-    scales = []
-    for u in points:
+
+    def scale(u):
         values, slopes = jax.jvp(parameters.bounded, (u,), (jnp.ones_like(u),))
         information = uncertainty.fisher_information(device, experiment, parameters, values)
         scaled = np.asarray(slopes)[:, None] * np.asarray(information) * np.asarray(slopes)
         eigenvalues, vectors = np.linalg.eigh(np.nan_to_num(scaled))
-        scales.append((vectors / np.sqrt(np.maximum(eigenvalues, 0.0) + 3 / np.pi**2)) @ vectors.T)
-    return jnp.asarray(np.stack(scales))
+        return (vectors / np.sqrt(np.maximum(eigenvalues, 0.0) + 3 / np.pi**2)) @ vectors.T
 
-
-@eqx.filter_jit
-def _evaluate(device: AbstractMemristor, experiment: Experiment, own_window: bool):
-    prediction = predict(device, experiment, own_window=own_window)
-    value = log_likelihood_of(experiment, prediction)
-    return prediction, value, pearson_chi2(experiment, prediction)
+    with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
+        return jnp.asarray(np.stack(list(pool.map(scale, points))))
 
 
 def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:
@@ -253,9 +254,8 @@ def _conclude(
 ) -> FitResult:
     own_window = "window_cycles" in parameters.names
     calibrated = parameters.apply(device, jnp.asarray(optimum))
-    prediction, value, chi2 = _evaluate(calibrated, experiment, own_window)
-    information = np.asarray(uncertainty.fisher_information(device, experiment, parameters, jnp.asarray(optimum)))
-    cov = uncertainty.covariance(information, np.asarray(parameters.width))
+    prediction, value, chi2, information = uncertainty.evaluate(device, experiment, parameters, jnp.asarray(optimum))
+    cov = uncertainty.covariance(np.asarray(information), np.asarray(parameters.width))
     found = uncertainty.estimates(parameters, optimum, cov)
     notes = uncertainty.sentences(parameters, found, cov)
     if own_window and table.r_set is not None:

@@ -63,6 +63,11 @@ class FreeParameters(eqx.Module):
         """Width of each box."""
         return self.high - self.low
 
+    @property
+    def middle(self) -> Float[Array, " parameters"]:
+        """Middle of each box."""
+        return 0.5 * (self.low + self.high)
+
     def bounded(self, u: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
         """Values in the box from unbounded coordinates."""
         value = self.low + self.width * jax.nn.sigmoid(u)

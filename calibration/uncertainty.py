@@ -5,6 +5,7 @@ F = sum_i (dp_i/dtheta)(dp_i/dtheta)^T / v_i; its inverse bounds the covariance 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from calibration.likelihood import Experiment, cells, predict
+from calibration.likelihood import Experiment, Prediction, cells, log_likelihood_of, pearson_chi2, predict
 from calibration.parameters import FreeParameters, unit_of
 from twin.loop import AbstractMemristor
 from twin.planning import forward_mode
@@ -33,26 +34,41 @@ class Estimate:
     verdict: str
 
 
+class Evaluation(NamedTuple):
+    """A device at some values: what it predicts, how well that fits, and the expected Fisher information."""
+
+    prediction: Prediction
+    log_likelihood: Float[Array, ""]
+    pearson_chi2: Float[Array, ""]
+    information: Float[Array, "parameters parameters"]
+
+
 @eqx.filter_jit
-def fisher_information(
+def evaluate(
     device: AbstractMemristor, experiment: Experiment, free: FreeParameters, values: Float[Array, " parameters"]
-) -> Float[Array, "parameters parameters"]:
-    """Expected Fisher information of the free parameters at `values`, by forward-mode derivatives.
+) -> Evaluation:
+    """Everything that is asked of a device at one point, by forward-mode derivatives; one program to compile.
 
     Cells whose probability is exactly 0 or 1 carry no weight: their variance vanishes together with their slope.
     """
     device = forward_mode(device)
     own_window = "window_cycles" in free.names
-
-    def probabilities(v):
-        return cells(experiment, predict(free.apply(device, v), experiment, own_window=own_window))
-
+    predicted = lambda v: predict(free.apply(device, v), experiment, own_window=own_window)
     # One direction after another: the loop over solver stages is slow under vmap.
-    directions = jnp.eye(values.size)
-    slopes = jax.lax.map(lambda v: jax.jvp(lambda x: probabilities(x)[0], (values,), (v,))[1], directions)
-    variance = probabilities(values)[1]
+    probabilities = lambda v: cells(experiment, predicted(v))[0]
+    slopes = jax.lax.map(lambda v: jax.jvp(probabilities, (values,), (v,))[1], jnp.eye(values.size))
+    prediction = predicted(values)
+    variance = cells(experiment, prediction)[1]
     weights = jnp.where(variance > 0, 1 / variance, 0.0)
-    return (weights * slopes) @ slopes.T
+    value, chi2 = log_likelihood_of(experiment, prediction), pearson_chi2(experiment, prediction)
+    return Evaluation(prediction, value, chi2, (weights * slopes) @ slopes.T)
+
+
+def fisher_information(
+    device: AbstractMemristor, experiment: Experiment, free: FreeParameters, values: Float[Array, " parameters"]
+) -> Float[Array, "parameters parameters"]:
+    """Expected Fisher information of the free parameters at `values`."""
+    return evaluate(device, experiment, free, values).information
 
 
 def covariance(fisher: np.ndarray, width: np.ndarray) -> np.ndarray:

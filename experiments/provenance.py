@@ -57,28 +57,31 @@ def provenance() -> dict[str, Any]:
 class Stopwatch:
     """Seconds of a run in import, compilation and solution, from its construction on.
 
-    Compilation is what JAX reports of tracing, lowering and compiling; the rest of the time counts as solution. Stop it
-    when the run is done: it listens to JAX until then.
+    Compilation is the time during which JAX, in any thread, was tracing, lowering or compiling, by its own report; the
+    rest counts as solution. Stop it when the run is done: it listens to JAX until then.
     """
 
     def __init__(self):
         import jax.monitoring
 
-        self._compile_s, self._began = 0.0, time.perf_counter()
+        self._compiling: list[tuple[float, float]] = []
+        self._began = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event in _COMPILING:
-            self._compile_s += seconds
+            now = time.perf_counter()
+            self._compiling.append((max(self._began, now - seconds), now))
 
     def seconds(self) -> dict[str, float]:
         """{"import", "compile", "solve"} so far; import is what the process spent on its pipelines."""
         passed = time.perf_counter() - self._began
-        return {
-            "import": sum(_import_s.values()),
-            "compile": self._compile_s,
-            "solve": max(0.0, passed - self._compile_s),
-        }
+        # Reports overlap: a program holds others, and threads compile side by side.
+        compile_s, until = 0.0, self._began
+        for start, end in sorted(self._compiling):
+            compile_s += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return {"import": sum(_import_s.values()), "compile": compile_s, "solve": passed - compile_s}
 
     def stop(self) -> dict[str, float]:
         """`seconds()`, and an end of listening."""

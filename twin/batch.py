@@ -1,10 +1,9 @@
-"""Large batches: `evolve` in blocks of lanes that fit the cache, and in shards, one or more for each core or device.
+"""Large batches: blocks of lanes that fit the cache, and shards of blocks, some for each core or device.
 
-XLA runs a loop over a batch on one core, and streams a large batch through memory at every step. Blocks keep the state
-of a step in the cache. Shards are calls of one compiled program from several threads, so that one CPU device may
-compute on several cores without forced host devices. A plain jitted function gained 1.8 times so on two free cores; the
-gain of this module is not measured yet, for want of a free second core. A wider vector and fast arithmetic
-gained nothing.
+XLA on CPU runs a loop over a batch on one core, and streams a large batch through memory at every step. Blocks keep the
+state of a step in the cache. Shards are calls of one compiled program from several threads, so that one CPU device
+computes on all cores without forced host devices; several local devices take shards in turn. A wider vector and fast
+arithmetic gained nothing.
 """
 
 import dataclasses
@@ -19,19 +18,137 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
 
-from twin.batching import broadcast_batch, is_traced
+from twin.batching import Rows, broadcast_batch, is_traced
 from twin.dynamics import Adaptive, Magnus, Problem, Solution, StaticGrid, pose, solve
 from twin.levels import LevelSystem
 from twin.pulses import AbstractPulse
 
-# Lanes in a block: 64 to 160 are within 10 % of each other, larger ones leave the first-level cache.
+# Lanes in a block of `evolve_batch`: 64 to 160 are within 10 % of each other, larger ones leave the first-level cache.
 BLOCK = 128
 # More shards than cores: a core that others keep busy then holds up less of the batch.
-_SHARDS_PER_CORE = 2
+_SHARDS_PER_CORE = 4
 # Lanes on which the error of single precision is measured.
 _SAMPLE = 64
+
+
+def in_blocks(
+    function: Callable[..., Any],
+    batched: Any,
+    shape: tuple[int, ...],
+    *,
+    shared: Any = None,
+    block: int | None = None,
+    shards: int | None = None,
+) -> Any:
+    """`function(batched, shared)` of a batch of any size, block by block; lanes never influence each other.
+
+    Main arguments:
+        function: of a block, to a tree of arrays whose last axis is the block's lanes. A module with numbers, or the
+            same function object each time: another one compiles again.
+        batched: modules and arrays whose trailing axes are, or broadcast to, the batch; a block has one lane axis.
+        shape: of the batch.
+
+    Other arguments:
+        shared: what all lanes have in common.
+        block: lanes in a block; None takes a whole shard.
+        shards: parts computed at the same time; None takes some for each core of a CPU, one for each other device.
+            Inside `jit` or a derivative there is one.
+
+    Returns:
+        What `function` returns, with the batch axes last.
+
+    Raises:
+        ValueError: no lanes; a block or shards below one.
+    """
+    lanes = math.prod(shape)
+    if shape == () or lanes == 0:
+        raise ValueError(f"a batch needs lanes, but its shape is {shape}; call the function of one lane instead.")
+    for name, value in (("block", block), ("shards", shards)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}; None chooses it.")
+    devices = jax.local_devices()
+    on_cpu = devices[0].platform == "cpu"
+    if is_traced(function, batched, shared):
+        shards = 1
+    elif shards is None:
+        shards = max(len(devices), _SHARDS_PER_CORE * multiprocessing.cpu_count()) if on_cpu else len(devices)
+    block = min(lanes, block or math.ceil(lanes / shards))
+    shards = min(shards, math.ceil(lanes / block))
+    cut = _cut(batched, shape, block, shards)
+    if shards == 1:
+        return _join([_run(function, cut[0], shared)], shape)
+    # Dispatched here, so that it is traced and compiled once and not by several threads; it runs meanwhile.
+    first = _placed(function, cut[0], shared, devices[0], devices[0])
+    with ThreadPoolExecutor(max(len(devices), multiprocessing.cpu_count())) as pool:
+        call = lambda k: jax.block_until_ready(
+            _placed(function, cut[k], shared, devices[k % len(devices)], devices[0])
+        )
+        return _join([first, *pool.map(call, range(1, shards))], shape)
+
+
+def _placed(function, rows, shared, device, home) -> Any:
+    """Result of a shard, computed on its device and brought home; not waited for."""
+    if device is home:
+        return _run(function, rows, shared)
+    function, rows, shared = (_put(tree, device) for tree in (function, rows, shared))
+    return jax.device_put(_run(function, rows, shared), home)
+
+
+def _put(tree, device):
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, device), rest)
+
+
+@eqx.filter_jit
+def _cut(batched: Any, shape: tuple[int, ...], block: int, shards: int) -> list:
+    """Spreads everything over all lanes, cuts it into shards of blocks (the first axis), the last lane filling up."""
+    lanes = math.prod(shape)
+    blocks = math.ceil(lanes / block / shards)
+
+    def pieces(leaf):
+        lead = leaf.shape[: leaf.ndim - len(shape)]
+        flat = leaf.reshape(*lead, lanes)
+        flat = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, shards * blocks * block - lanes)], mode="edge")
+        return jnp.moveaxis(flat.reshape(*lead, shards, blocks, block), (-3, -2), (0, 1))
+
+    pieced = jax.tree.map(pieces, broadcast_batch(batched, shape))
+    return [jax.tree.map(lambda a, k=k: a[k], pieced) for k in range(shards)]
+
+
+@eqx.filter_jit
+def _run(function, rows, shared) -> Any:
+    """What a shard gives, its lanes last."""
+    side_by_side = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1)
+    return jax.tree.map(side_by_side, lax.map(lambda one: function(one, shared), rows))
+
+
+@eqx.filter_jit
+def _join(parts: list, shape: tuple[int, ...]) -> Any:
+    """Shards side by side, without the lanes that filled the last block."""
+
+    def side_by_side(*pieces):
+        whole = jnp.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
+        return whole[..., : math.prod(shape)].reshape(*whole.shape[:-1], *shape)
+
+    return jax.tree.map(side_by_side, *parts)
+
+
+class _Solve(eqx.Module):
+    """The function of a block for `evolve_batch`."""
+
+    method: StaticGrid | Magnus | Adaptive
+    pure: bool = eqx.field(static=True)
+    kept: tuple[int, ...] = eqx.field(static=True)
+    at_end: bool = eqx.field(static=True)
+    reduce: Callable[[Solution], Any] | None = eqx.field(static=True)
+
+    def __call__(self, batched, shared) -> Any:
+        system, pulses, window, state, save_s = batched
+        saves = save_s.number if shared is None else shared
+        problem = Problem(system, pulses, window, self.pure, self.kept, saves, state.number)
+        solution = solve(problem, window[0].shape, self.method, self.at_end)[0]
+        return solution if self.reduce is None else self.reduce(solution)
 
 
 def evolve_batch(
@@ -57,8 +174,7 @@ def evolve_batch(
 
     Other arguments:
         block: lanes in a block; None takes `BLOCK` on CPU and a whole shard on other devices.
-        shards: parts computed at the same time; None takes two for each core of a CPU, one for each other device.
-            Inside `jit` or a derivative there is one.
+        shards: as for `in_blocks`.
 
     Returns:
         What `reduce` keeps, with the batch axes last. With `Magnus(precision="single")` the largest population
@@ -69,98 +185,18 @@ def evolve_batch(
     """
     method = Magnus() if method is None else method
     problem, shape, method = pose(system, pulses, start=start, window_s=window_s, save_s=save_s, method=method)
-    lanes = math.prod(shape)
-    if shape == () or lanes == 0:
-        raise ValueError(f"`evolve_batch` needs lanes, but the batch shape is {shape}; use `evolve` for one solution.")
-    for name, value in (("block", block), ("shards", shards)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value}; None chooses it.")
-    devices = jax.local_devices()
-    on_cpu = devices[0].platform == "cpu"
-    if is_traced(problem, method):
-        shards = 1
-    elif shards is None:
-        shards = max(len(devices), _SHARDS_PER_CORE * multiprocessing.cpu_count()) if on_cpu else len(devices)
-    block = min(lanes, block or (BLOCK if on_cpu else math.ceil(lanes / shards)))
-    shards = min(shards, math.ceil(lanes / block))
-    cut = _cut(problem, shape, block, shards)
-    if shards == 1:
-        parts = [_run(cut[0], method, save_s is None, reduce)]
-    else:
-        # Dispatched here, so that it is traced and compiled once and not by several threads; it runs meanwhile.
-        first = _placed(cut[0], devices, 0, method, save_s is None, reduce)
-        with ThreadPoolExecutor(max(len(devices), multiprocessing.cpu_count())) as pool:
-            call = lambda k: jax.block_until_ready(_placed(cut[k], devices, k, method, save_s is None, reduce))
-            parts = [first, *pool.map(call, range(1, shards))]
+    # Save times that all lanes share are kept apart: once a lane they would outweigh all other numbers together.
+    apart = math.prod(problem.save_s.shape[1:]) == 1
+    save = None if apart else Rows(problem.save_s)
+    batched = (problem.system, problem.pulses, problem.window_s, Rows(problem.state), save)
+    function = _Solve(method, problem.pure, problem.kept, save_s is None, reduce)
+    shared = problem.save_s.reshape(-1) if apart else None
+    if block is None and jax.local_devices()[0].platform == "cpu":
+        block = BLOCK
+    kept = in_blocks(function, batched, shape, shared=shared, block=block, shards=shards)
     if isinstance(method, Magnus) and method.precision == "single" and not is_traced(problem, method):
         print(_single_precision(problem, shape, method, save_s is None))
-    return _join(parts, shape)
-
-
-def _placed(shard, devices, k: int, method, at_end: bool, reduce):
-    """Result of shard k, computed on its device and brought to the first one; not waited for."""
-    if len(devices) > 1:
-        shard = jax.device_put(shard, devices[k % len(devices)])
-    kept = _run(shard, method, at_end, reduce)
-    return jax.device_put(kept, devices[0]) if len(devices) > 1 else kept
-
-
-class _Shard(eqx.Module):
-    """Problems of the blocks of a shard: system, pulses, window and save times with blocks along the first axis.
-
-    Save times that all lanes share are kept apart: once a lane they would be larger than all other numbers together.
-    """
-
-    rows: tuple
-    shared_save_s: Float[Array, "saves"] | None
-    pure: bool = eqx.field(static=True)
-    kept: tuple[int, ...] = eqx.field(static=True)
-
-
-@eqx.filter_jit
-def _cut(problem: Problem, shape: tuple[int, ...], block: int, shards: int) -> list[_Shard]:
-    """Spreads the problem over all lanes, cuts it into shards of blocks, and fills the last with its last lane."""
-    lanes = math.prod(shape)
-    blocks = math.ceil(lanes / block / shards)
-    shared = problem.save_s.reshape(-1) if math.prod(problem.save_s.shape[1:]) == 1 else None
-    save_s = None if shared is not None else broadcast_batch(problem.save_s, shape, 1)
-    rows = (*broadcast_batch((problem.system, problem.pulses, problem.window_s), shape), save_s, problem.state)
-
-    def pieces(leaf):
-        lead = leaf.shape[: leaf.ndim - len(shape)]
-        flat = leaf.reshape(*lead, lanes)
-        flat = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, shards * blocks * block - lanes)], mode="edge")
-        return jnp.moveaxis(flat.reshape(*lead, shards, blocks, block), (-3, -2), (0, 1))
-
-    pieced = jax.tree.map(pieces, rows)
-    rows_of = lambda k: jax.tree.map(lambda a: a[k], pieced)
-    return [_Shard(rows_of(k), shared, problem.pure, problem.kept) for k in range(shards)]
-
-
-@eqx.filter_jit
-def _run(shard: _Shard, method, at_end: bool, reduce) -> Any:
-    """What is kept of a shard, its lanes last."""
-
-    def one(rows):
-        system, pulses, window, save_s, state = rows
-        saves = shard.shared_save_s if save_s is None else save_s
-        problem = Problem(system, pulses, window, shard.pure, shard.kept, saves, state)
-        solution = solve(problem, window[0].shape, method, at_end)[0]
-        return solution if reduce is None else reduce(solution)
-
-    side_by_side = lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1)
-    return jax.tree.map(side_by_side, lax.map(one, shard.rows))
-
-
-@eqx.filter_jit
-def _join(parts: list, shape: tuple[int, ...]) -> Any:
-    """Shards side by side, without the lanes that filled the last block."""
-
-    def side_by_side(*pieces):
-        whole = jnp.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
-        return whole[..., : math.prod(shape)].reshape(*whole.shape[:-1], *shape)
-
-    return jax.tree.map(side_by_side, *parts)
+    return kept
 
 
 def _single_precision(problem: Problem, shape: tuple[int, ...], method: Magnus, at_end: bool) -> str:

@@ -30,6 +30,12 @@ def physical(leading: int = 0, **options) -> Any:
     return eqx.field(converter=_real_or_none, metadata={"leading": leading}, **options)
 
 
+class Rows(eqx.Module):
+    """An array whose first axis is not batch."""
+
+    number: Float[Array, "rows ..."] = physical(1)
+
+
 def batch_shape(*modules) -> tuple[int, ...]:
     """Common batch shape of modules, arrays (all axes batch) and tuples of them."""
     return jnp.broadcast_shapes((), *(x.shape[lead:] for x, lead in _leaves(modules, 0)))

@@ -6,6 +6,7 @@ all x are computed at once, then all r, then all y (`run`); `stream` does the sa
 """
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -15,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from twin.batching import is_traced, physical, real_array
+from twin.batch import in_blocks
+from twin.batching import Rows, batch_shape, is_traced, physical, real_array
 from twin.closed_form import flat_root
 from twin.memory import AbstractMemory
 from twin.readout import sample_counts
 
 SOURCES = ("measured", "model", "command")
+# Devices in a block of a large batch: 8 to 32 are alike.
+_BLOCK = 16
 # How far outside [0, 1] rounding of a solver may carry a population.
 _ROUNDING = 1e-5
 
@@ -215,7 +219,22 @@ def run(
     settings = Settings.of(detuning_1_set_hz, detuning_2_set_hz, x_set.shape)
     r_set = None if r_set is None else jnp.broadcast_to(real_array(r_set), x_set.shape)
     shots = None if shots is None else real_array(shots)
-    return _run(device.prepared(x_set, settings), x_set, r_set, settings, shots, key)
+    device = device.prepared(x_set, settings)
+    shape = batch_shape(device, Rows(x_set))
+    blocks = math.prod(shape) >= 2 * _BLOCK and key is None and settings.of_cycle is None
+    if blocks and not is_traced(device, x_set, r_set, settings) and jax.local_devices()[0].platform == "cpu":
+        # The numbers of a method, such as its error, belong to no lane.
+        method = jax.tree.map(lambda _: False, getattr(device, "method", None))
+        own = eqx.tree_at(lambda d: getattr(d, "method", None), jax.tree.map(lambda _: True, device), method)
+        own, common = eqx.partition(device, own)
+        batched = (own, Rows(x_set), None if r_set is None else Rows(r_set))
+        return in_blocks(_run_block, batched, shape, shared=(common, settings), block=_BLOCK)
+    return _run(device, x_set, r_set, settings, shots, key)
+
+
+def _run_block(batched, shared) -> Loop:
+    (own, x_set, r_set), (common, settings) = batched, shared
+    return _run(eqx.combine(own, common), x_set.number, None if r_set is None else r_set.number, settings, None, None)
 
 
 @eqx.filter_jit
@@ -316,8 +335,8 @@ def _loop(device: AbstractMemristor, x_set, r, first: Response, second: Response
     y = device.signal(second.populations)
     repumped = second.populations[0] + second.populations[2]
     return Loop(
-        x_set=x_set,
-        r=r,
+        x_set=jnp.broadcast_to(x_set, y.shape),
+        r=jnp.broadcast_to(r, y.shape),
         x=device.signal(first.populations),
         y=y,
         p_x=p[0],

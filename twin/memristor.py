@@ -210,13 +210,15 @@ class IonMemristor(AbstractMemristor):
 
     def _factors(
         self, axes: int
-    ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, " nodes"]]:
+    ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, "nodes ..."]]:
         """Debye-Waller factor of each pulse at each phonon number of the quadrature, and the weights.
 
-        Phonon numbers come first, before the `axes` batch axes.
+        Phonon numbers come first, before the `axes` axes of the cycles and their batch.
         """
-        numbers, weights = thermal_quadrature(self.n_bar, self.phonon_nodes)
-        numbers = numbers.reshape((-1,) + (1,) * axes)
+        numbers, weights = (
+            a.reshape(a.shape[:1] + (1,) * (axes + 1 - a.ndim) + a.shape[1:])
+            for a in thermal_quadrature(self.n_bar, self.phonon_nodes)
+        )
         early = numbers + self.heating_rate_per_s * self.lead_s
         late = early + self.heating_rate_per_s * self.separation_s
         return carrier_factor(self.eta_1, early), carrier_factor(self.eta_2, late), weights
@@ -345,9 +347,9 @@ def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) 
     return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
-def _average(response: Response, weights: Float[Array, " nodes"]) -> Response:
+def _average(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
     """The mean over phonon numbers, the first batch axis."""
-    mean = lambda values: jnp.tensordot(weights, jnp.moveaxis(values, 1, 0), 1)
+    mean = lambda values: jnp.sum(weights * values, axis=1)
     return Response(
         mean(response.populations),
         mean(response.coherence_vs),

@@ -13,26 +13,29 @@ _LAGUERRE_TERMS = 48
 _N_BAR_SHIFT = 1e-14
 
 
-def thermal_quadrature(n_bar: Float[Array, ""], nodes: int) -> tuple[Float[Array, " nodes"], Float[Array, " nodes"]]:
+def thermal_quadrature(
+    n_bar: Float[Array, "..."], nodes: int
+) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."]]:
     """Gauss quadrature for the thermal distribution: sum_n p_n f(n) = sum_i w_i f(n_i) for polynomials to 2 nodes - 1.
 
     The orthogonal polynomials are Meixner's; nodes and weights are eigenvalues and squared first components of their
     Jacobi matrix, with diagonal k (2 n_bar + 1) + n_bar and off-diagonal k sqrt(n_bar (n_bar + 1)).
 
     Args:
-        n_bar: mean phonon number, not negative.
+        n_bar: mean phonon number, not negative, shape (*batch).
         nodes: number of (real) phonon numbers.
 
     Returns:
-        Phonon numbers and weights.
+        Phonon numbers and weights, shape (nodes, *batch).
 
     References: Golub and Welsch, Math. Comp. 23, 221 (1969).
     """
-    n_bar = n_bar + _N_BAR_SHIFT
+    n_bar = (jnp.asarray(n_bar) + _N_BAR_SHIFT)[..., None, None]
     k = jnp.arange(nodes)
-    off = k[1:] * jnp.sqrt(n_bar * (n_bar + 1))
-    values, vectors = jnp.linalg.eigh(jnp.diag(k * (2 * n_bar + 1) + n_bar) + jnp.diag(off, 1) + jnp.diag(off, -1))
-    return values, vectors[0] ** 2
+    diagonal = jnp.eye(nodes) * (k * (2 * n_bar + 1) + n_bar)
+    off = jnp.diag(k[1:], 1) * jnp.sqrt(n_bar * (n_bar + 1))
+    values, vectors = jnp.linalg.eigh(diagonal + off + jnp.swapaxes(off, -1, -2))
+    return jnp.moveaxis(values, -1, 0), jnp.moveaxis(vectors[..., 0, :] ** 2, -1, 0)
 
 
 def carrier_factor(eta: Float[Array, "..."], n: Float[Array, "..."]) -> Float[Array, "..."]:
