@@ -47,10 +47,10 @@ class Minimum(NamedTuple):
         converged: starts that met the tolerance. iterations: taken by each start.
     """
 
-    points: Float[Array, "starts parameters"]
-    values: Float[Array, " starts"]
-    converged: Bool[Array, " starts"]
-    iterations: Int[Array, " starts"]
+    points: Float[np.ndarray, "starts parameters"]
+    values: Float[np.ndarray, " starts"]
+    converged: Bool[np.ndarray, " starts"]
+    iterations: Int[np.ndarray, " starts"]
 
 
 class _Walker(NamedTuple):
@@ -94,7 +94,8 @@ def minimize(
     each: Any = (),
     active: Bool[Array, " starts"] | None = None,
     chunk: int = 10,
-    on_progress: Callable[[int, Float[Array, " starts"]], None] | None = None,
+    on_progress: Callable[[int, Float[np.ndarray, " starts"]], None] | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> Minimum:
     """Minimizes `loss(point, args, each_k)` from every start k.
 
@@ -108,6 +109,7 @@ def minimize(
         stage: optimizer and stopping rule.
         chunk: iterations between calls of `on_progress`.
         on_progress: called with the iterations done and the losses.
+        meanwhile: work for another core while the loss compiles; it is done when this returns.
     """
     active = np.ones(len(starts), bool) if active is None else np.asarray(active)
     groups = _deal(active)
@@ -118,23 +120,29 @@ def minimize(
         jnp.asarray(stage.learning_rate, float),
     )
     # A filler is a copy of the first start that does not run.
-    data = [jax.tree.map(lambda a, own=group: a[own], (starts, each)) for group in groups]
+    everything = jax.tree.map(np.asarray, (starts, each))
+    data = [jax.tree.map(lambda a, own=group: jnp.asarray(a[own]), everything) for group in groups]
     runs = [active[group] & (group >= 0) for group in groups]
     walkers = [_begin(points, jnp.asarray(run)) for (points, _), run in zip(data, runs, strict=True)]
     advance = lambda length, k: _advance(loss, rules, jnp.asarray(length), args, data[k][1], walkers[k])
-    # Compiled here, so that no two threads compile the same.
-    jax.block_until_ready(advance(0, 0))
-    with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
+    lowered = _advance.lower(loss, rules, jnp.asarray(0), args, data[0][1], walkers[0])
+    with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool, ThreadPoolExecutor(1) as aside:
+        # Not before the loss is lowered: Python traces one program at a time.
+        other = None if meanwhile is None else aside.submit(meanwhile)
+        # Compiled here, so that no two threads compile the same; calls find it.
+        lowered.compile()
         for done in range(0, stage.iterations, chunk):
             length = min(chunk, stage.iterations - done)
             run = lambda k, length=length: jax.block_until_ready(advance(length, k))
-            moving = [k for k, w in enumerate(walkers) if not bool(jnp.all(_finished(w)))]
+            moving = [k for k, w in enumerate(walkers) if not _all_finished(w)]
             for k, walker in zip(moving, pool.map(run, moving), strict=True):
                 walkers[k] = walker
             if on_progress is not None:
                 on_progress(min(done + chunk, stage.iterations), _in_order(walkers, groups).value)
-            if all(bool(jnp.all(_finished(w))) for w in walkers):
+            if all(_all_finished(w) for w in walkers):
                 break
+        if other is not None:
+            other.result()
     end = _in_order(walkers, groups)
     return Minimum(end.point, end.value, end.stalls >= 2, end.taken)
 
@@ -151,7 +159,11 @@ def _deal(active: Bool[np.ndarray, " starts"]) -> list[Int[np.ndarray, " group"]
 def _in_order(walkers: list[_Walker], groups: list[Int[np.ndarray, " group"]]) -> _Walker:
     place = np.concatenate(groups)
     back = np.argsort(place)[np.sum(place < 0) :]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *walkers)
+    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts])[back], *walkers)
+
+
+def _all_finished(walker: _Walker) -> bool:
+    return bool(np.all((np.asarray(walker.stalls) >= 2) | np.isnan(np.asarray(walker.value))))
 
 
 def _finished(walker: _Walker) -> Bool[Array, "*starts"]:

@@ -6,7 +6,6 @@ basins polished at the device's own error. Fisher information at the optimum giv
 
 import dataclasses
 import multiprocessing
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +31,9 @@ _EXPLORATION_ERROR, _DESCENT_ERROR = 1e-4, 1e-6
 # Basins closer than this in log-likelihood (nats) and parameters (shares of the box) are one.
 _SAME_VALUE, _SAME_PLACE = 0.1, 0.02
 _POLISHED = 3
-# Losses are log-likelihoods: 1e-5 nats is a 200th of a standard error.
+# Losses are log-likelihoods: 1e-5 nats is a 200th of a standard error; basins are told apart by a tenth of a nat.
 _EXPLORATION = Stage("adam", iterations=25, tolerance=1e-2, learning_rate=0.3)
-_DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-3)
+_DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-2)
 _POLISH = _DESCENT._replace(tolerance=1e-5)
 
 
@@ -124,12 +123,12 @@ def fit(
     history: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
 
-    def search(name: str, twin: AbstractMemristor, points, stage: Stage, active=None) -> Minimum:
+    def search(name: str, twin: AbstractMemristor, points, stage: Stage, **options) -> Minimum:
         began = time.perf_counter()
         history[name] = []
 
-        def report(done: int, values: Float[Array, " starts"]) -> None:
-            best = -float(jnp.nanmin(jnp.where(jnp.isnan(values), jnp.inf, values)))
+        def report(done: int, values: Float[np.ndarray, " starts"]) -> None:
+            best = -float(np.min(np.where(np.isnan(values), np.inf, values)))
             history[name].append(best)
             if on_progress is not None:
                 on_progress(name, done, stage.iterations, best)
@@ -137,20 +136,18 @@ def fit(
         if on_progress is not None:
             on_progress(name, 0, stage.iterations, -np.inf)
         # L-BFGS walks in coordinates whitened by the Fisher information, where every basin is nearly round.
-        scales = jnp.broadcast_to(jnp.eye(points.shape[1]), (len(points), points.shape[1], points.shape[1]))
+        scales = np.broadcast_to(np.eye(points.shape[1]), (len(points), points.shape[1], points.shape[1]))
         if stage.optimizer == "lbfgs":
             scales = _scales(twin, experiment, parameters, points)
         args = (twin, experiment, parameters)
         each = (points, scales)
-        found = minimize(_loss, args, jnp.zeros_like(points), stage, each=each, active=active, on_progress=report)
+        found = minimize(_loss, args, np.zeros(points.shape), stage, each=each, on_progress=report, **options)
         seconds[name] = time.perf_counter() - began
-        return found._replace(points=points + jnp.einsum("sij,sj->si", scales, found.points))
+        return found._replace(points=np.asarray(points) + np.einsum("sij,sj->si", scales, found.points))
 
     # The second of two large programs compiles while the first is compiled and used.
-    ahead = threading.Thread(target=uncertainty.evaluate, args=(fine, experiment, parameters, parameters.middle))
-    ahead.start()
-    explored = search("search", rough, points, _EXPLORATION)
-    ahead.join()
+    ahead = lambda: uncertainty.evaluate(fine, experiment, parameters, parameters.middle)
+    explored = search("search", rough, points, _EXPLORATION, meanwhile=ahead)
     settled = search("descend", coarse, explored.points, _DESCENT)
     values = np.asarray(settled.values)
     if not np.any(np.isfinite(values)):
@@ -160,7 +157,7 @@ def fit(
     basins = _rank(parameters, settled)
     best = np.zeros(starts, bool)
     best[[basin.best_start for basin in basins[:_POLISHED]]] = True
-    polished = search("polish", fine, settled.points, _POLISH, jnp.asarray(best))
+    polished = search("polish", fine, settled.points, _POLISH, active=best)
     began = time.perf_counter()
     winner = int(np.nanargmin(np.asarray(polished.values)))
     optimum = np.asarray(parameters.bounded(polished.points[winner]))
@@ -191,8 +188,8 @@ def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
 
 
 def _scales(
-    device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
-) -> Float[Array, "starts n n"]:
+    device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[np.ndarray, "starts n"]
+) -> Float[np.ndarray, "starts n n"]:
     """Inverse square root of the information in unbounded coordinates; the uniform prior adds 3 / pi^2 to it."""
 
     def scale(u):
@@ -203,7 +200,7 @@ def _scales(
         return (vectors / np.sqrt(np.maximum(eigenvalues, 0.0) + 3 / np.pi**2)) @ vectors.T
 
     with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
-        return jnp.asarray(np.stack(list(pool.map(scale, points))))
+        return np.stack(list(pool.map(scale, points)))
 
 
 def _rank(parameters: FreeParameters, found: Minimum) -> list[Basin]:

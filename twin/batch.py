@@ -26,8 +26,8 @@ from twin.pulses import AbstractPulse
 
 # Lanes in a block of `evolve_batch`: 64 to 160 are within 10 % of each other, larger ones leave the first-level cache.
 BLOCK = 128
-# More shards than cores: a core that others keep busy then holds up less of the batch.
-_SHARDS_PER_CORE = 4
+# More shards than cores: the first one runs alone, and a core that others keep busy holds up less of the batch.
+_SHARDS_PER_CORE = 8
 # Lanes on which the error of single precision is measured.
 _SAMPLE = 64
 
