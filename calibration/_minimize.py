@@ -47,10 +47,10 @@ class Minimum(NamedTuple):
         converged: starts that met the tolerance. iterations: taken by each start.
     """
 
-    points: Float[np.ndarray, "starts parameters"]
-    values: Float[np.ndarray, " starts"]
-    converged: Bool[np.ndarray, " starts"]
-    iterations: Int[np.ndarray, " starts"]
+    points: Float[Array, "starts parameters"]
+    values: Float[Array, " starts"]
+    converged: Bool[Array, " starts"]
+    iterations: Int[Array, " starts"]
 
 
 class _Walker(NamedTuple):
@@ -88,11 +88,11 @@ class _Rules(NamedTuple):
 def minimize(
     loss: Callable[[Float[Array, " parameters"], Any, Any], Float[Array, ""]],
     args: Any,
-    starts: Float[Array, "starts parameters"],
+    starts: Float[Array | np.ndarray, "starts parameters"],
     stage: Stage,
     *,
     each: Any = (),
-    active: Bool[Array, " starts"] | None = None,
+    active: Bool[np.ndarray, " starts"] | None = None,
     chunk: int = 10,
     on_progress: Callable[[int, Float[np.ndarray, " starts"]], None] | None = None,
     meanwhile: Callable[[], object] | None = None,
@@ -111,8 +111,8 @@ def minimize(
         on_progress: called with the iterations done and the losses.
         meanwhile: work for another core while the loss compiles; it is done when this returns.
     """
-    active = np.ones(len(starts), bool) if active is None else np.asarray(active)
-    groups = _deal(active)
+    running = np.ones(len(starts), bool) if active is None else active
+    groups = _deal(running)
     rules = _Rules(
         jnp.asarray(stage.optimizer == "adam"),
         jnp.asarray(stage.iterations),
@@ -122,7 +122,7 @@ def minimize(
     # A filler is a copy of the first start that does not run.
     everything = jax.tree.map(np.asarray, (starts, each))
     data = [jax.tree.map(lambda a, own=group: jnp.asarray(a[own]), everything) for group in groups]
-    runs = [active[group] & (group >= 0) for group in groups]
+    runs = [running[group] & (group >= 0) for group in groups]
     walkers = [_begin(points, jnp.asarray(run)) for (points, _), run in zip(data, runs, strict=True)]
     advance = lambda length, k: _advance(loss, rules, jnp.asarray(length), args, data[k][1], walkers[k])
     lowered = _advance.lower(loss, rules, jnp.asarray(0), args, data[0][1], walkers[0])
@@ -144,7 +144,7 @@ def minimize(
         if other is not None:
             other.result()
     end = _in_order(walkers, groups)
-    return Minimum(end.point, end.value, end.stalls >= 2, end.taken)
+    return Minimum(*(jnp.asarray(a) for a in (end.point, end.value, np.asarray(end.stalls) >= 2, end.taken)))
 
 
 def _deal(active: Bool[np.ndarray, " starts"]) -> list[Int[np.ndarray, " group"]]:
@@ -180,8 +180,7 @@ def _begin(starts: Float[Array, "starts parameters"], active: Bool[Array, " star
     return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), walkers)
 
 
-@eqx.filter_jit
-def _advance(loss, rules: _Rules, iterations: Int[Array, ""], args, each, walkers: _Walker) -> _Walker:
+def _iterate(loss, rules: _Rules, iterations: Int[Array, ""], args, each, walkers: _Walker) -> _Walker:
     """Some iterations of every start; an iteration is one evaluation, so that the loss is compiled once."""
 
     def one(walker_and_data) -> _Walker:
@@ -213,6 +212,9 @@ def _advance(loss, rules: _Rules, iterations: Int[Array, ""], args, each, walker
     return lax.map(one, (walkers, each))
 
 
+_advance: Any = eqx.filter_jit(_iterate)
+
+
 def _accept(rules: _Rules, w: _Walker, trial, value, gradient, begins) -> _Walker:
     """The walker at its trial, with the next move."""
     # Pairs that curve the wrong way spoil the memory of L-BFGS, which then begins anew.
@@ -222,5 +224,5 @@ def _accept(rules: _Rules, w: _Walker, trial, value, gradient, begins) -> _Walke
     scaled, moments = _ADAM.update(gradient, w.state[0], trial)
     # The rate of Adam falls by a cosine to a tenth.
     rate = rules.learning_rate * (0.55 + 0.45 * jnp.cos(jnp.pi * jnp.minimum(w.taken / rules.iterations, 1.0)))
-    move = -jnp.where(rules.adam, rate * scaled, ahead)
+    move = -jnp.where(rules.adam, rate * jnp.asarray(scaled), jnp.asarray(ahead))
     return _Walker(trial, value, gradient, move, jnp.ones_like(w.scale), (moments, memory), w.stalls, w.taken + 1)

@@ -143,7 +143,7 @@ def fit(
         each = (points, scales)
         found = minimize(_loss, args, np.zeros(points.shape), stage, each=each, on_progress=report, **options)
         seconds[name] = time.perf_counter() - began
-        return found._replace(points=np.asarray(points) + np.einsum("sij,sj->si", scales, found.points))
+        return found._replace(points=points + jnp.asarray(np.einsum("sij,sj->si", scales, found.points)))
 
     # The second of two large programs compiles while the first is compiled and used.
     ahead = lambda: uncertainty.evaluate(fine, experiment, parameters, parameters.middle)
@@ -188,7 +188,7 @@ def _loss(z: Float[Array, " parameters"], args, each) -> Float[Array, ""]:
 
 
 def _scales(
-    device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[np.ndarray, "starts n"]
+    device: AbstractMemristor, experiment: Experiment, parameters: FreeParameters, points: Float[Array, "starts n"]
 ) -> Float[np.ndarray, "starts n n"]:
     """Inverse square root of the information in unbounded coordinates; the uniform prior adds 3 / pi^2 to it."""
 

@@ -8,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twin.batch import evolve_batch
+from twin import loop as loop_module
+from twin.batch import evolve_batch, in_blocks
 from twin.dynamics import Magnus, StaticGrid, evolve
 from twin.levels import LAMBDA, LevelSystem
+from twin.memory import MovingAverage
+from twin.memristor import ClosedForm, IonMemristor, Lindblad, Settings, run, sine_input
 from twin.pulses import Gaussian, PiecewiseConstant
 
 SIGMA = 20e-6
@@ -190,7 +194,7 @@ def test_single_precision_states_its_error(capsys):
 
 def test_a_single_device_is_refused():
     system = LAMBDA.system(detuning_1_hz=0.0, detuning_2_hz=0.0, lifetime_s=1.0, branching=0.4)
-    with pytest.raises(ValueError, match="evolve"):
+    with pytest.raises(ValueError, match="needs lanes"):
         evolve_batch(system, (), start="v", window_s=WINDOW)
 
 
@@ -211,3 +215,58 @@ np.save({path!r}, solve(Magnus(), TIMES, evolve_batch, block=16).populations)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])}
     subprocess.run([sys.executable, "-c", program.format(path=path)], check=True, env=environment)
     np.testing.assert_array_equal(np.load(path), here)
+
+
+# ------------------------------------------------------------------------------------------------ loops in blocks
+
+
+def fleet(count: int, **changes) -> IonMemristor:
+    rng = np.random.default_rng(5)
+    box = {"rabi_scale_1": (0.8, 1.2), "detuning_2_hz": (-4e3, 4e3), "laser_linewidth_hz": (0.0, 1e3)}
+    values = {name: rng.uniform(*limits, count) for name, limits in box.items()}
+    return IonMemristor(**({"memory": MovingAverage(4.0), "source": "model"} | values | changes))
+
+
+def by_hand(device: IonMemristor, x, k: int):
+    """Device k of a fleet alone."""
+    return run(jax.tree.map(lambda a: a[k] if a.ndim else a, device), x)
+
+
+@pytest.mark.parametrize("method", [Lindblad(), ClosedForm(), StaticGrid(1e-8)], ids=lambda m: type(m).__name__)
+def test_a_fleet_in_blocks_is_its_devices(method):
+    count, x = 3 * loop_module._BLOCK + 5, sine_input(periods=2, cycles_per_period=12)
+    moving = {"n_bar": np.linspace(0, 5, count), "eta_1": 0.08, "eta_2": 0.07, "phonon_nodes": 4}
+    device = fleet(count, method=method, **(moving if isinstance(method, ClosedForm) else {}))
+    # Decided once, so that both have the same steps and nodes.
+    device = device.prepared(np.asarray(x)[:, None], Settings())
+    whole = run(device, np.asarray(x)[:, None])
+    assert whole.y.shape == whole.x_set.shape == whole.r.shape == (len(x), count)
+    assert bool(jnp.all(whole.valid))
+    for k in (0, loop_module._BLOCK, count - 1):
+        alone = by_hand(device, x, k)
+        for name in ("x", "r", "y", "populations_2", "coherence", "purity"):
+            np.testing.assert_allclose(getattr(whole, name)[..., k], getattr(alone, name), atol=1e-12)
+
+
+def test_a_bad_device_of_a_fleet_is_alone():
+    count, x = 3 * loop_module._BLOCK, sine_input(periods=1, cycles_per_period=12)[:, None]
+    good = fleet(count).prepared(x, Settings())
+    bad = eqx.tree_at(lambda d: d.rabi_scale_1, good, good.rabi_scale_1.at[7].set(jnp.nan))
+    one, other = run(good, x), run(bad, x)
+    assert not np.any(other.valid[1:, 7])
+    assert np.isnan(other.y[1:, 7]).all()
+    others = np.arange(count) != 7
+    np.testing.assert_array_equal(one.y[:, others], other.y[:, others])
+
+
+def test_any_function_in_blocks_with_what_lanes_share():
+    numbers = np.arange(60.0).reshape(2, 30)
+    squares = in_blocks(_squares_beside, jnp.asarray(numbers), (2, 30), shared=jnp.ones(3), block=7, shards=3)
+    np.testing.assert_array_equal(squares[0], numbers**2)
+    np.testing.assert_array_equal(squares[1], numbers + 3)
+    with pytest.raises(ValueError, match="`block` must be at least 1"):
+        in_blocks(_squares_beside, jnp.ones(3), (3,), block=0)
+
+
+def _squares_beside(batched, shared):
+    return batched**2, batched + jnp.sum(shared)

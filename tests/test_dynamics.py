@@ -1,5 +1,6 @@
 """`evolve` against exact solutions, reference values and independent operators; its grids, flags and gradients."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -872,3 +873,64 @@ def test_derivatives_at_zero_area_are_finite():
     got = jacobian("reverse", **RESONANT, theta_1=0.0, theta_2=0.0)
     for name in ("theta_1", "theta_2", "sigma_s", "separation_s", "detuning_1_hz", "linewidth_hz"):
         np.testing.assert_allclose(got[name], 0.0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ shared work
+
+
+@pytest.mark.parametrize("start", ["v", "s", "m"])
+@pytest.mark.parametrize("pulses", [1, 2])
+def test_only_what_is_reached_is_solved(start, pulses):
+    """Components that are left out are zero in a solve that starts from a state with every component."""
+    system = ion(detuning_1_hz=900.0, detuning_2_hz=-700.0, lifetime_s=1e-3)
+    trains, window = pair(2.2, 1.3, 3 * SIGMA)[:pulses], around(3 * SIGMA)
+    at = lambda rho: evolve(system, trains, start=rho, window_s=window, method=StaticGrid(1e-11)).state[0]
+    pure = np.eye(3)[:, [system.index(start)]] @ np.eye(3)[[system.index(start)]]
+    everywhere = np.full((3, 3), 0.1) + np.diag([0.2, 0.1, 0.3])
+    # The equation is linear: a pure start is the difference of two that fill the matrix.
+    np.testing.assert_allclose(at(pure), at(everywhere + pure) - at(everywhere), atol=1e-10)
+
+
+def test_lanes_may_share_a_grid():
+    area = jnp.linspace(0.3, 3.0, 5)[:, None] * jnp.array([1.0, 1.1])
+    pulse = Gaussian.from_area(area, center_s=0.0, sigma_s=jnp.array([SIGMA, 0.7 * SIGMA]))
+    system = ion(detuning_1_hz=np.array([500.0, -900.0]))
+    solve = lambda method: evolve(system, (pulse,), start="v", window_s=(-7 * SIGMA, 7 * SIGMA), method=method)
+    own, shared = solve(StaticGrid(1e-9)), solve(StaticGrid(1e-9, shared=True))
+    assert own.populations.shape == shared.populations.shape
+    assert own.t_s.shape == shared.t_s.shape
+    np.testing.assert_allclose(shared.populations, own.populations, atol=1e-9)
+    assert bool(jnp.all(shared.valid))
+    # A lane without a number has no say in the grid of the others.
+    spoiled = dataclasses.replace(pulse, peak_rad_s=pulse.peak_rad_s.at[0, 0].set(jnp.nan))
+    rest = evolve(system, (spoiled,), start="v", window_s=(-7 * SIGMA, 7 * SIGMA), method=StaticGrid(1e-9, shared=True))
+    assert not bool(rest.valid[0, 0])
+    np.testing.assert_array_equal(rest.populations[:, :, 1:], shared.populations[:, :, 1:])
+
+
+def test_lanes_that_share_a_grid_must_share_their_window():
+    pulse = Gaussian.from_area(jnp.ones(2), center_s=0.0, sigma_s=SIGMA)
+    window = (-7 * SIGMA, jnp.array([6 * SIGMA, 7 * SIGMA]))
+    with pytest.raises(ValueError, match="must share window"):
+        evolve(ion(), (pulse,), start="v", window_s=window, method=StaticGrid(steps=64, shared=True))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_gradients_of_shared_grids(saved):
+    """Reverse mode against forward mode, through what lanes share and what they do not."""
+    save_s = jnp.linspace(-2 * SIGMA, 6 * SIGMA, 4) if saved else None
+
+    def total(values, differentiation):
+        area, detuning, sigma = values
+        pulse = Gaussian.from_area(area * jnp.linspace(0.2, 1.0, 4), center_s=0.0, sigma_s=sigma)
+        method = StaticGrid(1e-9, steps=64, differentiation=differentiation, shared=True)
+        solution = evolve(
+            ion(detuning_1_hz=detuning), (pulse,), start="v", window_s=(-6 * SIGMA, 6 * SIGMA), save_s=save_s,
+            method=method,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(3 * solution.populations))
+
+    values = jnp.array([2.5, 800.0, SIGMA])
+    reverse = jax.grad(lambda v: total(v, "reverse"))(values)
+    forward = jax.jacfwd(lambda v: total(v, "forward"))(values)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-9)

@@ -93,7 +93,7 @@ def test_a_line_search_that_steps_into_the_undefined_comes_back():
 @STAGES
 def test_inactive_starts_stay_where_they_are(stage):
     points = starts(4)
-    active = jnp.array([True, False, True, False])
+    active = np.array([True, False, True, False])
     found = minimize(quadratic, (jnp.ones(2), 2.0), points, stage, each=jnp.zeros((4, 2)), active=active)
     np.testing.assert_array_equal(found.points[~active], points[~active])
     assert np.all(np.isnan(found.values[~active]))
@@ -181,5 +181,5 @@ def test_the_loss_is_traced_in_the_first_chunk_and_never_again(stage):
     assert seen == [seen[0]] * 3
     other = (jnp.ones(2), jnp.array(7.0))
     minimize(counting, other, 2 * starts(3), stage._replace(tolerance=1e-6), each=each + 1, chunk=20)
-    minimize(counting, other, starts(3), stage, each=each, active=jnp.array([True, False, True]))
+    minimize(counting, other, starts(3), stage, each=each, active=np.array([True, False, True]))
     assert traces == seen[0]

@@ -78,7 +78,8 @@ class AreaSeries(eqx.Module):
         """The method of a solve of one pulse, or of both: three of them, and the series, share the error."""
         finest = None if self.grid.finest is None else SOLVE_SHARE * self.grid.finest
         steps = None if self.steps is None else self.steps[both]
-        return dataclasses.replace(self.grid, error=SOLVE_SHARE * self.grid.error, finest=finest, steps=steps, shared=True)
+        error = SOLVE_SHARE * self.grid.error
+        return dataclasses.replace(self.grid, error=error, finest=finest, steps=steps, shared=True)
 
 
 def reach(error: float) -> float:
@@ -315,7 +316,7 @@ class _Solver(NamedTuple):
         return self.largest[0].shape
 
     def areas(self, u: np.ndarray, pulse: int) -> Float[Array, "lanes ..."]:
-        return u.reshape((-1,) + (1,) * len(self.shape)) * self.largest[pulse]
+        return jnp.asarray(u).reshape((-1,) + (1,) * len(self.shape)) * self.largest[pulse]
 
     def one_pulse(self, u: np.ndarray, rows: list[tuple[int, str, str]]):
         """Solves of one pulse, a row for each (pulse, window, prepared level), all nodes of a row in one grid.

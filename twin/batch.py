@@ -81,9 +81,7 @@ def in_blocks(
     # Dispatched here, so that it is traced and compiled once and not by several threads; it runs meanwhile.
     first = _placed(function, cut[0], shared, devices[0], devices[0])
     with ThreadPoolExecutor(max(len(devices), multiprocessing.cpu_count())) as pool:
-        call = lambda k: jax.block_until_ready(
-            _placed(function, cut[k], shared, devices[k % len(devices)], devices[0])
-        )
+        call = lambda k: jax.block_until_ready(_placed(function, cut[k], shared, devices[k % len(devices)], devices[0]))
         return _join([first, *pool.map(call, range(1, shards))], shape)
 
 

@@ -19,6 +19,8 @@ from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float, Real
 
+from twin.trigonometry import cos_sin
+
 Start = Literal["v", "s"]
 Input = Real[ArrayLike, "*#batch"]
 Output = Float[Array, "..."]
@@ -116,9 +118,19 @@ def separated_populations(theta_1: Input, theta_2: Input, start: Start = "v") ->
     P_s is the output y of the memristor. Args: as `separated_amplitudes`.
     """
     theta_1, theta_2 = _broadcast(theta_1, theta_2)
-    sine, cosine = jnp.sin(theta_1 / 2) ** 2, jnp.cos(theta_1 / 2) ** 2
-    p_v, x = (cosine, sine) if start == "v" else (sine, cosine)
-    return p_v, x * jnp.cos(theta_2 / 2) ** 2, x * jnp.sin(theta_2 / 2) ** 2
+    (cos_1, sin_1), (cos_2, sin_2) = cos_sin(theta_1 / 2), cos_sin(theta_2 / 2)
+    p_v, x = (cos_1**2, sin_1**2) if start == "v" else (sin_1**2, cos_1**2)
+    return p_v, x * cos_2**2, x * sin_2**2
+
+
+def separated_coherence(theta_1: Input, theta_2: Input, start: Start = "v") -> Output:
+    """Imaginary part of rho_vs = c_v c_s^* after separated pulses of phase zero; the real part is zero.
+
+    +- sin(theta_1) cos(theta_2/2) / 2, positive for start v. Args: as `separated_amplitudes`.
+    """
+    theta_1, theta_2 = _broadcast(theta_1, theta_2)
+    sign = 0.5 if start == "v" else -0.5
+    return sign * cos_sin(theta_1)[1] * cos_sin(theta_2 / 2)[0]
 
 
 def overlap_angle(theta_1: Input, theta_2: Input, separation_s: Input, sigma_1_s: Input, sigma_2_s: Input) -> Output:

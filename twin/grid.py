@@ -94,6 +94,7 @@ class StageTime(NamedTuple):
 
 
 def rates(system: LevelSystem, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Sum of the rates of all jumps, 1/s."""
     total = jnp.zeros(shape)
     for decay in system.decays:
         total = total + decay.rate_per_s

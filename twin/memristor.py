@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from twin.area_series import AreaSeries, Timing, tabulate
 from twin.area_table import AreaTable
 from twin.batching import check_not_negative, check_positive, check_values, is_traced, physical, real_array
-from twin.closed_form import flat_root, overlap_bound, separated_amplitudes, set_area
+from twin.closed_form import flat_root, overlap_bound, separated_coherence, separated_populations, set_area
 from twin.dynamics import Adaptive, Solution, StaticGrid, evolve
 from twin.levels import SCHEMES, LevelSystem, Scheme
 from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
@@ -263,16 +263,15 @@ class IonMemristor(AbstractMemristor):
         return tabulate(method, system, self.timing, self.largest_areas, self._scheme.start)
 
     def _closed_form(self, theta_1, theta_2) -> Response:
-        amplitudes = separated_amplitudes(theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
-        populations = [jnp.abs(c.real) ** 2 + c.imag**2 for c in amplitudes]
-        populations += [jnp.zeros_like(populations[0])] * (len(self._scheme.levels) - 3)
-        coherence = amplitudes[0] * amplitudes[1].conj()
-        stacked = jnp.stack(populations)
+        areas = (theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
+        populations = list(separated_populations(*areas))
+        zero = jnp.zeros_like(populations[0])
+        stacked = jnp.stack(populations + [zero] * (len(self._scheme.levels) - 3))
         return Response(
             stacked,
-            jnp.stack([coherence.real, coherence.imag]),
+            jnp.stack([zero, separated_coherence(*areas)]),
             jnp.all(jnp.isfinite(stacked), axis=0),
-            jnp.zeros_like(populations[0]),
+            zero,
             "closed form",
         )
 

@@ -1,8 +1,8 @@
 """Dormand and Prince's eighth-order step on a static grid: the loop of the hot path, and its reverse.
 
 A lane has its own times, and each stage a second one (`StageTime`). Reverse mode keeps one state a step and computes
-the stages again. The loop is our own, not Diffrax's, which takes half as long again to compile
-(experiments/benchmarks measures both).
+the stages again. The loop is our own: Diffrax's takes longer, above all to compile (`loop` of experiments/benchmarks
+measures both around one step).
 
 References: Prince and Dormand, J. Comput. Appl. Math. 7, 67 (1981); tableau as in `diffrax.Dopri8`.
 """
@@ -25,9 +25,6 @@ from twin.pulses import Drive
 class AbstractEquation(eqx.Module):
     """A linear equation `d state / dt = rhs(system, drives, state)`; its numbers have gradients."""
 
-    system: eqx.AbstractVar[LevelSystem]
-    state: eqx.AbstractVar[Float[Array, "components ..."]]
-
     @abc.abstractmethod
     def drives(self, time: StageTime) -> list[Drive]:
         """The drives at a time; a leading axis of stages may come before the batch."""
@@ -41,6 +38,7 @@ def walk(
     equation: AbstractEquation,
     grid: Grid,
     system: LevelSystem,
+    start: Float[Array, "components ..."],
     walked: Int[Array, ""],
     *,
     steps: int,
@@ -50,29 +48,30 @@ def walk(
     """States at the points of a grid, or at its end only.
 
     Args:
-        equation: what to integrate, and its state at the beginning.
+        equation: what to integrate.
         grid: of each lane, or of lanes that share one (an axis of length one).
         system: the graph of the equation with one number a lane: those shared by lanes would be summed over them at
             every stage of a gradient.
+        start: the state at the beginning.
         walked: number of steps to walk, at most `steps`, the length of the grid; states at later points are zero.
         reverse: for `jax.grad`; else for `jax.jvp`.
         saved: whether to return the states at all points.
     """
     # Lanes as one axis: loops over several short ones are slow.
-    shape = equation.state.shape[1:]
+    shape = start.shape[1:]
     flat = lambda tree: jax.tree.map(lambda a: a.reshape(*a.shape[: a.ndim - len(shape)], -1), tree)
-    start, system = lax.optimization_barrier((flat(equation.state), flat(system)))
+    start, system = lax.optimization_barrier((flat(start), flat(system)))
     go = _reversible if reverse else _march
-    states = go((equation, grid, system, start), walked, steps, saved)
+    states = go((equation, grid, system, start), walked, shape, steps, saved)
     return states.reshape(*states.shape[:-1], *shape)
 
 
-def _march(numbers, walked, steps: int, saved: bool):
-    """`numbers`: equation, grid, system and state; the last two have one axis of lanes."""
+def _march(numbers, walked, shape: tuple[int, ...], steps: int, saved: bool):
+    """`numbers`: equation, grid, system and state; the last two have one axis of lanes, which stands for `shape`."""
     y0 = numbers[3]
 
     def advance(i, y):
-        drives, h = _stage_drives(numbers, i)
+        drives, h = _stage_drives(numbers, i, shape)
         _, slopes = _stages(numbers, drives, y, h)
         return y + h * jnp.tensordot(jnp.asarray(_B), slopes, 1)
 
@@ -88,13 +87,12 @@ def _march(numbers, walked, steps: int, saved: bool):
     return lax.fori_loop(0, walked, body, (y0, points))[1]
 
 
-def _stage_drives(numbers, i) -> tuple[list[Drive], Float[Array, "..."]]:
+def _stage_drives(numbers, i, shape: tuple[int, ...]) -> tuple[list[Drive], Float[Array, "..."]]:
     """Drives of all stages at once, and the length of the step, for every lane.
 
     So the loop over stages is left with additions and multiplications.
     """
     equation, grid = numbers[:2]
-    shape = equation.state.shape[1:]
     start, h = grid.point(i), grid.step_length(i)
     nodes = _C.reshape((-1,) + (1,) * h.ndim)
     time = StageTime(start + nodes * h, jnp.broadcast_to(start + 0.5 * h, (_C.size, *h.shape)))
@@ -138,14 +136,14 @@ _reversible = eqx.filter_custom_vjp(_march)
 
 
 @_reversible.def_fwd
-def _forward(perturbed, numbers, walked, steps: int, saved: bool):
+def _forward(perturbed, numbers, walked, shape, steps: int, saved: bool):
     del perturbed
-    points = _march(numbers, walked, steps, saved=True)
+    points = _march(numbers, walked, shape, steps, saved=True)
     return points if saved else points[walked][None], points
 
 
 @_reversible.def_bwd
-def _backward(points, from_result, perturbed, numbers, walked, steps: int, saved: bool):
+def _backward(points, from_result, perturbed, numbers, walked, shape, steps: int, saved: bool):
     """The reverse of a Runge-Kutta step is the same recursion with the transposed tableau.
 
     JAX's own rule would carry a cotangent of the whole buffer through each stage, which costs four times more.
@@ -161,7 +159,7 @@ def _backward(points, from_result, perturbed, numbers, walked, steps: int, saved
     def body(k, carry):
         from_y, to_numbers, to_system = carry
         i = walked - 1 - k
-        (drives, h), to_inputs = jax.vjp(lambda v: _stage_drives(eqx.combine(v, fixed), i), varied)
+        (drives, h), to_inputs = jax.vjp(lambda v: _stage_drives(eqx.combine(v, fixed), i, shape), varied)
         states, slopes = _stages(numbers, drives, points[i], h)
 
         def stage(carry, row):
