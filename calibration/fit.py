@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from calibration import uncertainty
 from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
-from calibration.likelihood import Experiment, Prediction, log_likelihood
+from calibration.likelihood import Experiment, Prediction, bucketed, log_likelihood
 from calibration.parameters import FreeParameters, anchored
 from calibration.uncertainty import Estimate
 from twin.loop import AbstractMemristor
@@ -118,6 +118,7 @@ def fit(
     parameters = FreeParameters.from_boxes(free)
     experiment = Experiment.from_table(table)
     fine = _ready(device, experiment, parameters)
+    experiment = bucketed(fine, experiment, own_window="window_cycles" in parameters.names)
     rough, coarse = (coarsened(fine, error) for error in (_EXPLORATION_ERROR, _DESCENT_ERROR))
     points = parameters.unbounded(parameters.draw(jax.random.key(seed), starts))
     history: dict[str, list[float]] = {}
@@ -281,7 +282,8 @@ def _conclude(
         n_free=len(parameters.names),
         notes=notes,
         basins=basins,
-        prediction=prediction,
+        # Without the filler.
+        prediction=jax.tree.map(lambda column: column[: len(table)], prediction),
     )
 
 

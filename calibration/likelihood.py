@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from calibration.data import LoopTable
 from calibration.parameters import with_window
 from twin.loop import AbstractMemristor, Settings
+from twin.planning import rounded_up
 
 
 class Observations(eqx.Module):
@@ -194,6 +195,41 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
     p, split = device.assigned(every.populations), len(first_x)
     valid = every.valid[:split][experiment.first_of] & every.valid[split:]
     return Prediction(p[:split][experiment.first_of], p[split:], r, valid)
+
+
+def bucketed(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Experiment:
+    """The same likelihood in arrays of rounded-up length, so that a table of similar length compiles nothing.
+
+    Filler rows repeat the last one, unmeasured. Where transfers depend on what is calibrated, the table stays as it is:
+    the memory is run over each loop, which has a length of its own.
+    """
+    r = experiment.r_set if own_window else _known_transfers(device, experiment, own_window)
+    if r is None:
+        return experiment
+    rows, runs = len(experiment.x_set), len(experiment.first_x_set)
+    pad = lambda a: jnp.pad(a, (0, rounded_up(rows) - rows), mode="edge")
+    pad_run = lambda a: jnp.pad(a, (0, rounded_up(runs) - runs), mode="edge")
+
+    def column(data: Observations | None) -> Observations | None:
+        if data is None:
+            return None
+        measured = jnp.pad(data.measured, (0, rounded_up(rows) - rows))
+        return dataclasses.replace(data, value=pad(data.value), scale=pad(data.scale), measured=measured)
+
+    return dataclasses.replace(
+        experiment,
+        x_set=pad(experiment.x_set),
+        settings=dataclasses.replace(experiment.settings, of_cycle=pad(experiment.settings.of_cycle)),
+        r_set=pad(r),
+        first_x_set=pad_run(experiment.first_x_set),
+        first_setting=pad_run(experiment.first_setting),
+        first_of=pad(experiment.first_of),
+        loops=(),
+        windows=None,
+        x=column(experiment.x),
+        y=column(experiment.y),
+        fed_x=pad(experiment.fed_x),
+    )
 
 
 def _known_transfers(

@@ -153,6 +153,12 @@ def test_new_data_boxes_and_device_values_trace_nothing(monkeypatch):
     second = fit(tables.ion(amplitude_1=0.97, memory=MovingAverage(4.0)), recorded(2), wider, starts=3, seed=2)
     assert traces == 0
     assert first.parameters != second.parameters
+    # A longer table fills the same arrays.
+    longer = synthesize(tables.ion(**tables.TRUTH), tables.settings((5.0, 9.0), cycles=46), jax.random.key(9))
+    result = fit(tables.ion(), longer, FREE, starts=3)
+    assert traces == 0
+    assert result.prediction is not None
+    assert len(result.prediction.p_y) == len(longer)
     fit(tables.ion(), recorded(), tables.SCALES, starts=2)  # another problem does count
     assert traces > 0
 

@@ -69,7 +69,7 @@ def ready(ion, *, cycles: int, detuning_set_hz: float):
         return dataclasses.replace(ion, method=_series(ion, {}, detuning_set_hz, error, generous=True))
     if isinstance(ion.method, StaticGrid) and ion.method.steps is None and ion.steps is None:
         steps = plan_steps(ion, {}, detuning_set_hz=detuning_set_hz, error=float(ion.method.error))
-        return dataclasses.replace(ion, steps=tuple(_round_up(n) for n in steps))
+        return dataclasses.replace(ion, steps=tuple(rounded_up(n) for n in steps))
     return ion
 
 
@@ -162,7 +162,7 @@ def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = Fal
         pulses = timing.pulses(*thetas)
         shape = batch_shape(system, pulses, windows[window])
         steps = grids.plan_steps(system, pulses, windows[window], SOLVE_SHARE * error, shape)
-        return _round_up(steps) if generous else steps
+        return rounded_up(steps) if generous else steps
 
     one = max(steps_of("first", (areas[0], zero)), steps_of("second", (zero, areas[1])))
     both = steps_of("both", areas) if nodes.overlap else one
@@ -186,7 +186,7 @@ def _largest(values) -> float:
     return float(np.max(values[np.isfinite(values)], initial=0.0))
 
 
-def _round_up(steps: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ..."""
-    power = 16 * 2 ** max(0, math.ceil(math.log2(steps / 16)))
-    return power * 3 // 4 if power > 16 and steps <= power * 3 // 4 else power
+def rounded_up(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: sizes of compiled programs, so that similar problems share one."""
+    power = 16 * 2 ** max(0, math.ceil(math.log2(size / 16)))
+    return power * 3 // 4 if power > 16 and size <= power * 3 // 4 else power
