@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from twin import loop as loop_module
-from twin.batch import evolve_batch, in_blocks
+from twin.batch import _fitting, evolve_batch, in_blocks
 from twin.dynamics import Magnus, StaticGrid, evolve
 from twin.levels import LAMBDA, LevelSystem
 from twin.memory import MovingAverage
@@ -270,3 +270,16 @@ def test_any_function_in_blocks_with_what_lanes_share():
 
 def _squares_beside(batched, shared):
     return batched**2, batched + jnp.sum(shared)
+
+
+class _Small:
+    """A device that reports its memory."""
+
+    def memory_stats(self):
+        return {"bytes_limit": 6400}
+
+
+def test_blocks_fit_the_memory_that_a_device_reports():
+    # A number in and two out: 24 bytes a lane, eight times.
+    assert _fitting(_squares_beside, jnp.ones(1000), jnp.ones(3), (1000,), _Small()) == 6400 // (8 * 24)
+    assert _fitting(_squares_beside, jnp.ones(1000), jnp.ones(3), (1000,), jax.devices("cpu")[0]) == 1000

@@ -28,6 +28,8 @@ from twin.pulses import AbstractPulse
 BLOCK = 128
 # More shards than cores: the first one runs alone, and a core that others keep busy holds up less of the batch.
 _SHARDS_PER_CORE = 8
+# Memory that a block of a device may take, in copies of the numbers that go in and come out: a guess, not measured.
+_WORKING_COPIES = 8
 # Lanes on which the error of single precision is measured.
 _SAMPLE = 64
 
@@ -51,7 +53,7 @@ def in_blocks(
 
     Other arguments:
         shared: what all lanes have in common.
-        block: lanes in a block; None takes a whole shard.
+        block: lanes in a block; None takes a whole shard, or as many as fit the memory that a device reports.
         shards: parts computed at the same time; None takes some for each core of a CPU, one for each other device.
             Inside `jit` or a derivative there is one.
 
@@ -73,7 +75,9 @@ def in_blocks(
         shards = 1
     elif shards is None:
         shards = max(len(devices), _SHARDS_PER_CORE * multiprocessing.cpu_count()) if on_cpu else len(devices)
-    block = min(lanes, block or math.ceil(lanes / shards))
+    if block is None:
+        block = min(math.ceil(lanes / shards), _fitting(function, batched, shared, shape, devices[0]))
+    block = min(lanes, block)
     shards = min(shards, math.ceil(lanes / block))
     cut = _cut(batched, shape, block, shards)
     if shards == 1:
@@ -83,6 +87,22 @@ def in_blocks(
     with ThreadPoolExecutor(max(len(devices), multiprocessing.cpu_count())) as pool:
         call = lambda k: jax.block_until_ready(_placed(function, cut[k], shared, devices[k % len(devices)], devices[0]))
         return _join([first, *pool.map(call, range(1, shards))], shape)
+
+
+def _fitting(function, batched, shared, shape: tuple[int, ...], device) -> int:
+    """Lanes whose numbers, in and out, fill a share of a device's memory; all of them if it reports none (a CPU)."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return math.prod(shape)
+    arrays, rest = eqx.partition((function, batched, shared), eqx.is_array)
+
+    def one_lane(arrays):
+        function, batched, shared = eqx.combine(arrays, rest)
+        one = jax.tree.map(lambda a: a[0], _cut(batched, shape, 1, 1)[0])
+        return one, jax.tree.map(jnp.asarray, eqx.filter(function(one, shared), eqx.is_array))
+
+    lane_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(one_lane, arrays)))
+    return max(1, int(limit / (_WORKING_COPIES * lane_bytes)))
 
 
 def _placed(function, rows, shared, device, home) -> Any:
