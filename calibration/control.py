@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from calibration._minimize import Progress, Stage, minimize
 from calibration.parameters import FreeParameters, anchored, unit_of
 from calibration.uncertainty import at_edge
-from twin.dynamics import Adaptive
+from twin.dynamics import Adaptive, StaticGrid
 from twin.hysteresis import form_factor, signed_area
 from twin.loop import Settings, run, sine_input
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
@@ -191,7 +191,11 @@ def optimize(
     # Planned for areas that do not grow with the width: the controller lowers the amplitude of a wider pulse.
     plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
     plain = planned(plain, box, detuning_set_hz=offset, solves=target.solves)
-    device = dataclasses.replace(device, steps=plain.steps, method=plain.method)
+    method = plain.method
+    if isinstance(method, StaticGrid):
+        # All cycles of a target share pulse shapes and times.
+        method = dataclasses.replace(method, shared=True)
+    device = dataclasses.replace(device, steps=plain.steps, method=method)
     args = (device, free, target)
     before = jnp.array(list(present.values()), float)
     inside = free.low + free.width * (1e-3 + (1 - 2e-3) * (before - free.low) / free.width)

@@ -27,7 +27,10 @@ finally:
 
 # The program with pipelines replaced by ones that behave as named in the environment.
 STAGED = """
-import os, sys, time, types
+import os, signal, sys, time, types
+
+# A shell that starts a job in the background has it ignore SIGINT, and so all that this job starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def behave(out):
     print("chatter of a pipeline")
@@ -295,9 +298,7 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(tmp_path):
 def test_a_run_told_to_stop_leaves_nothing(tmp_path, number, status):
     command = [sys.executable, "-c", STAGED, "fit", str(DEMO), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOW": "wait"}
-    # A shell that starts a job in the background has it ignore SIGINT, and so all that this job starts.
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while (line := process.stderr.readline()) and "waiting" not in line:
             continue

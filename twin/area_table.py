@@ -23,7 +23,8 @@ class AreaTable(eqx.Module):
         second: map of populations by pulse 2 up to read-out, shape (orders, to, from, *S).
         second_coherence: complex factor of rho_vs, shape (orders, 2, *S).
         residual, residual_coherence: what overlap adds, shape (orders, orders, levels or 2, *S).
-        valid: whether every node was solved to its error. error_alone, error_both: population error expected.
+        valid: whether every node was solved to its error; the factor of rho_vs has solves of its own, NaN if they fail.
+        error_alone, error_both: population error expected.
     """
 
     theta_1: Float[Array, "..."]

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from experiments.benchmarks import loops, trajectories
-from experiments.benchmarks.measure import Result
 
 WORKS = {
     "B1": trajectories.batch,
@@ -55,25 +54,28 @@ def with_table(readme: str, results: list[dict]) -> str:
 )
 def main(quick: bool, only: tuple[str, ...]) -> None:
     """See the module."""
-    results: list[Result] = []
+    fresh: list[dict] = []
     for name, work in WORKS.items():
         if (only and name not in only) or (quick and name in _NOT_QUICK):
             continue
         began = time.perf_counter()
-        results += work(quick)
+        fresh += [result.record() for result in work(quick)]
         click.echo(f"{name}: {time.perf_counter() - began:.0f} s", err=True)
-    records = [result.record() for result in results]
-    click.echo(table(records))
-    if quick:
-        return
-    path = _FOLDER / "results.json"
-    if only and path.exists():
-        key = lambda r: r["work"].split()[0]
-        fresh = {key(r) for r in records}
-        records += [r for r in json.loads(path.read_text(encoding="utf-8")) if key(r) not in fresh]
-        records.sort(key=lambda r: list(WORKS).index(key(r)))
+        if not quick:
+            _keep(fresh)  # a work that fails later loses nothing
+    click.echo(table(fresh))
+    if not quick:
+        _README.write_text(with_table(_README.read_text(encoding="utf-8"), _keep(fresh)), encoding="utf-8")
+
+
+def _keep(fresh: list[dict]) -> list[dict]:
+    """Entries of results.json with those of the same work replaced."""
+    path, work_of = _FOLDER / "results.json", lambda r: r["work"].split()[0]
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = {work_of(r) for r in fresh}
+    records = sorted(fresh + [r for r in old if work_of(r) not in done], key=lambda r: list(WORKS).index(work_of(r)))
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    _README.write_text(with_table(_README.read_text(encoding="utf-8"), records), encoding="utf-8")
+    return records
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ batch, and returns populations at the save times, shape (devices, saves, 3). Ins
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import diffrax
 import jax
@@ -225,8 +226,9 @@ def magnus_steps(d: Devices, loop: Callable) -> Callable[[], jax.Array]:
     def batch(problem):
         system, pulses = broadcast_batch(problem, shape)
         drives = lambda time: [pulse.drive(time.t_s, time.within_s) for pulse in pulses]
+        slopes = partial(lindblad_components, rotating=True)
         advance = lambda y, start_s, length_s: magnus.step(
-            lindblad_components, system, drives, y, jnp.broadcast_to(start_s, shape), jnp.broadcast_to(length_s, shape)
+            slopes, system, drives, y, jnp.broadcast_to(start_s, shape), jnp.broadcast_to(length_s, shape)
         )
         return loop(advance, jnp.asarray(save_times()), jnp.zeros((9, *shape)).at[0].set(1.0))
 
