@@ -53,24 +53,31 @@ class EvenPlan(NamedTuple):
 _TIME_WEIGHT, _RABI_WEIGHT, _ENERGY_WEIGHT, _RATE_WEIGHT, _NORM_WEIGHT = 4.0, 0.4, 0.75, 1.4, 1.65
 
 
-def _density(
-    system: LevelSystem,
-    pulses: tuple[AbstractPulse, ...],
-    left: Float[Array, "segments ..."],
-    right: Float[Array, "segments ..."],
-) -> Float[Array, "segments ..."]:
-    fastest, rabi, square = (jnp.zeros(left.shape) for _ in range(3))
+def _change(
+    system: LevelSystem, pulses: tuple[AbstractPulse, ...], t_s: Float[Array, "times ..."]
+) -> tuple[Float[Array, "times ..."], Float[Array, "times ..."]]:
+    """The sum of the weights at `t_s`, and the norm of the Rabi frequencies of the pulses present."""
+    fastest, rabi, square = (jnp.zeros(t_s.shape) for _ in range(3))
     for pulse in pulses:
         low, high = pulse.support_s
-        middle = 0.5 * (left + right)
-        present = (middle > low) & (middle < high)
+        present = (t_s > low) & (t_s < high)
         fastest = jnp.maximum(fastest, jnp.where(present, 1 / pulse.timescale_s, 0.0))
         peak = jnp.where(present, jnp.abs(pulse.peak_rad_s), 0.0)
         rabi, square = rabi + peak, square + peak**2
     energies = system.energies_rad_s
     spread = jnp.max(energies, axis=0) - jnp.min(energies, axis=0)
     slow = _ENERGY_WEIGHT * spread + _RATE_WEIGHT * grids.rates(system, ())
-    return jnp.maximum(_TIME_WEIGHT * fastest + _RABI_WEIGHT * rabi + slow, _NORM_WEIGHT * jnp.sqrt(square))
+    return _TIME_WEIGHT * fastest + _RABI_WEIGHT * rabi + slow, jnp.sqrt(square)
+
+
+def _density(
+    system: LevelSystem,
+    pulses: tuple[AbstractPulse, ...],
+    left: Float[Array, "segments ..."],
+    right: Float[Array, "segments ..."],
+) -> Float[Array, "segments ..."]:
+    change, norm = _change(system, pulses, 0.5 * (left + right))
+    return jnp.maximum(change, _NORM_WEIGHT * norm)
 
 
 RULE = grids.StepRule(_density, order=4, action=1.0, error=1e-6)
@@ -85,7 +92,14 @@ def peak_density(
 ) -> Float[Array, "..."]:
     """Largest action density of each lane anywhere in the window, 1/s."""
     knot = grids.knots(pulses, window_s, shape)
-    return lax.stop_gradient(jnp.max(_density(system, pulses, knot[:-1], knot[1:]), axis=0))
+    change, _ = _change(system, pulses, 0.5 * (knot[:-1] + knot[1:]))
+    # The norm is largest where the core of a pulse begins: in their wings pulses are weak.
+    norms = [jnp.zeros(shape)]
+    for low_s in (pulse.core_s[0] for pulse in pulses):
+        together = [(p.core_s[0] <= low_s) & (low_s <= p.core_s[1]) for p in pulses]
+        norms.append(jnp.sqrt(sum(jnp.where(t, p.peak_rad_s, 0.0) ** 2 for t, p in zip(together, pulses, strict=True))))
+    norm = jnp.max(jnp.stack([jnp.broadcast_to(norm, shape) for norm in norms]), axis=0)
+    return lax.stop_gradient(jnp.maximum(jnp.max(change, axis=0), _NORM_WEIGHT * norm))
 
 
 def plan_steps(density: Float[Array, "..."], edge_s: Float[Array, "edges ..."], error: float) -> int | tuple[int, ...]:
