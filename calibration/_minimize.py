@@ -68,8 +68,6 @@ class _Walker(NamedTuple):
 
 # Decrease that a step must reach, as a share of what the slope promises (Armijo).
 _DECREASE = 1e-4
-
-
 # More groups than cores: starts take different times.
 _GROUPS_A_CORE = 4
 _ADAM = optax.scale_by_adam(b2=0.95)
@@ -163,7 +161,7 @@ def _in_order(walkers: list[_Walker], groups: list[Int[np.ndarray, " group"]]) -
 
 
 def _all_finished(walker: _Walker) -> bool:
-    return bool(np.all((np.asarray(walker.stalls) >= 2) | np.isnan(np.asarray(walker.value))))
+    return bool(jnp.all(_finished(walker)))
 
 
 def _finished(walker: _Walker) -> Bool[Array, "*starts"]:

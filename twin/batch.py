@@ -24,7 +24,7 @@ from twin.dynamics import Adaptive, Magnus, Problem, Solution, StaticGrid, pose,
 from twin.levels import LevelSystem
 from twin.pulses import AbstractPulse
 
-# Lanes in a block of `evolve_batch`: 64 to 160 are within 10 % of each other, larger ones leave the first-level cache.
+# Lanes in a block of `evolve_batch`: larger blocks leave the first-level cache, smaller ones wait for their loops.
 BLOCK = 128
 # More shards than cores: the first one runs alone, and a core that others keep busy holds up less of the batch.
 _SHARDS_PER_CORE = 8

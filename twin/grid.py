@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from twin.levels import LevelSystem
 from twin.pulses import AbstractPulse
@@ -119,6 +119,12 @@ def knots(
     return jnp.sort(jnp.stack([start, *inner, stop]), axis=0)
 
 
+def present(pulse: AbstractPulse, t_s: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether a time lies in the support of a pulse."""
+    low, high = pulse.support_s
+    return (t_s > low) & (t_s < high)
+
+
 def _zones(pulse: AbstractPulse) -> list[Float[Array, "..."]]:
     """Times between which a pulse is weak, middling or strong, s."""
     (low, high), (rise, fall) = pulse.support_s, pulse.core_s
@@ -134,12 +140,9 @@ def _density(
     """Action a second in each segment, see above."""
     turn, rabi = jnp.zeros(left.shape), jnp.zeros(left.shape)
     for (source, target), pulse in zip(system.couplings, pulses, strict=False):
-        low, high = pulse.support_s
-        middle = 0.5 * (left + right)
-        present = (middle > low) & (middle < high)
         detuning = jnp.abs(system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)])
         peak = jnp.abs(pulse.peak_rad_s)
-        largest = jnp.where(present, pulse.largest_rad_s(left, right), 0.0)
+        largest = jnp.where(present(pulse, 0.5 * (left + right)), pulse.largest_rad_s(left, right), 0.0)
         weight = jnp.where(peak > 0, (largest / jnp.where(peak > 0, peak, 1.0)) ** (1 / _ORDER), 0.0)
         turn = jnp.maximum(turn, weight * (_TIME_WEIGHT / pulse.timescale_s + _ENERGY_WEIGHT * detuning))
         rabi = rabi + largest

@@ -23,7 +23,7 @@ from twin.memory import AbstractMemory
 from twin.readout import sample_counts
 
 SOURCES = ("measured", "model", "command")
-# Devices in a block of a large batch: 8 to 32 are alike.
+# Devices in a block of a large batch: larger blocks leave the cache, smaller ones wait for their loops.
 _BLOCK = 16
 # How far outside [0, 1] rounding of a solver may carry a population.
 _ROUNDING = 1e-5

@@ -7,7 +7,7 @@ Unrolling keeps only the couplings and jumps that exist (a three-level step is s
 
 Runge-Kutta steps solve them in the interaction picture of the energies, where a level at rest does not turn: the
 couplings turn instead (`turning`), and matter only while a pulse is on. `turned_back` leads to the rotating frame of
-the graph, in which Magnus steps are taken: real couplings cost half as much, and energies are no trouble to an
+the graph, in which Magnus steps are taken: real couplings cost less, and energies are no trouble to an
 exponential.
 """
 

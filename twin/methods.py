@@ -47,7 +47,7 @@ class Magnus(eqx.Module):
         error: largest population error aimed at, between 1e-10 and 1e-6; a lane that needs shorter steps is flagged.
         steps: steps in each interval between saves (one number for all, or one each), or up to the end without saves.
             None lays them from the values at hand, which must then be known (outside `jit`).
-        precision: "double", or "single": 32-bit numbers throughout, whose rounding adds some 1e-6 whatever `error` is.
+        precision: "double", or "single": 32-bit numbers throughout, whose rounding adds 1e-6 to 1e-5 to any `error`.
     """
 
     error: Float[Array, ""] = physical(default=1e-6)

@@ -116,7 +116,7 @@ _A, _B, _C = _dopri8_tableau()
 def _stages(numbers, drives: list[Drive], y0, h):
     """States and slopes of all stages, (stages, components, *batch) each.
 
-    A loop over a buffer: unrolled, the stages compile ten times longer (their gradient a hundred) and run no faster.
+    A loop over a buffer: unrolled, the stages take longer to compile and run no faster.
     """
     equation, _, system, _ = numbers
 
@@ -146,7 +146,7 @@ def _forward(perturbed, numbers, walked, shape, steps: int, saved: bool):
 def _backward(points, from_result, perturbed, numbers, walked, shape, steps: int, saved: bool):
     """The reverse of a Runge-Kutta step is the same recursion with the transposed tableau.
 
-    JAX's own rule would carry a cotangent of the whole buffer through each stage, which costs four times more.
+    JAX's own rule would carry a cotangent of the whole buffer through each stage.
     """
     del perturbed, steps
     varied, fixed = eqx.partition(numbers, eqx.is_inexact_array)

@@ -1,7 +1,7 @@
 """Sine and cosine in vector registers.
 
-XLA on CPU computes those of 64-bit numbers one by one with the C library, at sixty times the cost of a multiplication;
-in the interaction picture they took most of a solve. Here both come from one argument reduction and two polynomials.
+XLA on CPU computes those of 64-bit numbers one by one with the C library; in the interaction picture they took most of
+a solve. Here both come from one argument reduction and two polynomials.
 """
 
 import math

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import equinox as eqx
@@ -21,6 +22,7 @@ from experiments.benchmarks import peers
 from experiments.benchmarks.measure import Result, interleaved, largest_difference
 from experiments.benchmarks.problems import WINDOW_S, as_twin, devices
 from experiments.benchmarks.trajectories import populations
+from experiments.config import load_config
 from twin.batch import evolve_batch, in_blocks
 from twin.batching import Rows
 from twin.dynamics import Adaptive, Magnus
@@ -28,20 +30,20 @@ from twin.memory import MovingAverage
 from twin.memristor import ClosedForm, IonMemristor, planned, run, sine_input
 
 _ROOT = Path(__file__).parent.parent
-_BOX = {
-    "rabi_scale_1": (0.7, 1.3),
-    "rabi_scale_2": (0.7, 1.3),
-    "detuning_1_hz": (-5e3, 5e3),
-    "detuning_2_hz": (-5e3, 5e3),
-    "laser_linewidth_hz": (0.0, 2e3),
-    "readout_error_bright": (0.0, 0.05),
-    "readout_error_dark": (0.0, 0.05),
-}
+_DEMO = _ROOT / "configs" / "demo.toml"
+
+
+@cache
+def _box() -> dict[str, tuple[float, float]]:
+    """Seven parameters of the demo and their boxes."""
+    fit = load_config(_DEMO).fit
+    assert fit is not None
+    return fit.free
 
 
 def _random(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(20260701 + seed)
-    return {name: rng.uniform(*box, count) for name, box in _BOX.items()}
+    return {name: rng.uniform(*box, count) for name, box in _box().items()}
 
 
 def cycles(quick: bool) -> list[Result]:
@@ -126,14 +128,14 @@ class _ValueAndGradient(_Value):
 
 
 def _named(point) -> dict:
-    return {name: point[k, 0] for k, name in enumerate(_BOX)}
+    return {name: point[k, 0] for k, name in enumerate(_box())}
 
 
 def likelihood(quick: bool) -> list[Result]:
     """B3: value and gradient of the likelihood of tables of 363 cycles at 7 parameters."""
     tables = 20 if quick else 1000
     experiment = Experiment.from_table(read_table(_ROOT / "data" / "ion_loops.csv"))
-    device = prepared(planned(IonMemristor(memory=MovingAverage(10.0), source="measured"), _BOX), experiment)
+    device = prepared(planned(IonMemristor(memory=MovingAverage(10.0), source="measured"), _box()), experiment)
     # A table each: its own parameters, and counts that other parameters made.
     points, truths = (jnp.stack([jnp.asarray(v) for v in _random(tables, seed=k).values()]) for k in (1, 2))
     counts = in_blocks(_Counts(device, experiment), Rows(truths), (tables,), block=1)
@@ -145,7 +147,7 @@ def likelihood(quick: bool) -> list[Result]:
     seconds = interleaved(calls, 3)
     of = jax.jit(lambda values: log_likelihood(with_parameters(device, values), experiment))
     ratio = seconds["both"][0] / seconds["value"][0]
-    one = {name: points[k, 0] for k, name in enumerate(_BOX)}
+    one = {name: points[k, 0] for k, name in enumerate(_box())}
     step = 1e-4
     up, down = (of(one | {"rabi_scale_1": one["rabi_scale_1"] + s}) for s in (step, -step))
     slope = (up - down) / (2 * step)
@@ -190,7 +192,7 @@ def command_line(quick: bool) -> list[Result]:
                 "-m",
                 "experiments",
                 "fit",
-                str(_ROOT / "configs" / "demo.toml"),
+                str(_DEMO),
                 "--out",
                 str(out),
             ]
