@@ -1,7 +1,7 @@
 """The loop table: what a laboratory records, one row a cycle, and the rules it must keep.
 
     loop, cycle, x_set, r_set, window_cycles, detuning_1_set_hz, detuning_2_set_hz   settings
-    shots, n_x, n_y                                                                  counts, or instead
+    shots, n_x, n_y, n_m                                                             counts, or instead
     x, x_err, y, y_err                                                               values with standard errors
 
 Settings other than `cycle` and `x_set` are optional; an optional setting is given in every row or in none. Any
@@ -40,6 +40,7 @@ class LoopTable:
         shots: repetitions behind each count (0 where nothing was counted), or None for a table of values.
         n_x: counts assigned to s after pulse 1 alone; NaN where not measured; or None.
         n_y: counts assigned to s after both pulses; NaN where not measured; or None.
+        n_m: counts assigned to m by a second detection after both pulses, among the shots not counted in `n_y`; or None.
         x: measured input population; NaN where not measured; or None. Noise may carry it slightly outside [0, 1].
         x_err: standard error of `x`; NaN where not measured; or None.
         y: measured output population; NaN where not measured; or None.
@@ -62,6 +63,7 @@ class LoopTable:
     shots: np.ndarray | None = None
     n_x: np.ndarray | None = None
     n_y: np.ndarray | None = None
+    n_m: np.ndarray | None = None
     x: np.ndarray | None = None
     x_err: np.ndarray | None = None
     y: np.ndarray | None = None
@@ -179,7 +181,7 @@ def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool =
     if not keep_r_set:
         experiment = replace(experiment, r_set=None)
     device = prepared(device, experiment)
-    key_x, key_y = jax.random.split(key)
+    key_x, key_y, key_m = jax.random.split(key, 3)
     first = predict(device, experiment)
     n_x = sample_counts(key_x, first.p_x, settings.shots)
     if not keep_r_set:
@@ -189,12 +191,14 @@ def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool =
     if not bool(np.all(np.asarray(second.valid))):
         raise ValueError("the device cannot be solved under these settings to the error its method asks for.")
     n_y = sample_counts(key_y, second.p_y, settings.shots)
+    n_m = None if settings.n_m is None else sample_counts(key_m, second.p_m, settings.shots - n_y)
     blank = lambda n, old: None if old is None else np.where(np.isnan(old), np.nan, np.asarray(n))
     return replace(
         settings,
         r_set=np.asarray(second.r),
         n_x=blank(n_x, settings.n_x),
         n_y=blank(n_y, settings.n_y),
+        n_m=blank(n_m, settings.n_m),
         name="synthetic table",
         sha256="",
         lines=None,
@@ -257,7 +261,7 @@ def _check_counts(table: LoopTable) -> np.ndarray:
         raise TableError(f"{table.name}: a table with shots needs n_x or n_y, and no x or y; keep one kind of data.")
     _refuse(table, table.shots < 0, "shots", "a number of shots cannot be negative; give the repetitions")
     measured = np.zeros(len(table), bool)
-    for column in ("n_x", "n_y"):
+    for column in ("n_x", "n_y", "n_m"):
         if (counts := getattr(table, column)) is None:
             continue
         given = ~np.isnan(counts)
@@ -267,6 +271,13 @@ def _check_counts(table: LoopTable) -> np.ndarray:
         rule = f"{column} is given; give the number of shots behind it, at least 1"
         _refuse(table, given & (table.shots == 0), "shots", rule)
         _refuse(table, given & (counts > table.shots), column, "counts cannot exceed the shots of the row; check both")
+    if table.n_m is not None:
+        if table.n_y is None:
+            raise TableError(f"{table.name}: n_m counts shots that n_y left, so it needs the column n_y; add it.")
+        rule = "n_y of the row is missing; m is counted among the shots that n_y leaves"
+        _refuse(table, np.isfinite(table.n_m) & np.isnan(table.n_y), "n_m", rule)
+        rule = "n_y and n_m together cannot exceed the shots of the row; check all three"
+        _refuse(table, table.n_y + table.n_m > table.shots, "n_m", rule)
     return measured
 
 

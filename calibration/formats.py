@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 SETTINGS = ("loop", "cycle", "x_set", "r_set", "window_cycles", "detuning_1_set_hz", "detuning_2_set_hz")
-COUNTS = ("shots", "n_x", "n_y")
+COUNTS = ("shots", "n_x", "n_y", "n_m")
 VALUES = ("x", "x_err", "y", "y_err")
 COLUMNS = SETTINGS + COUNTS + VALUES
 
 _REQUIRED = ("cycle", "x_set")
-_INTEGERS = ("cycle", "shots", "n_x", "n_y")
-_PARTNERS = {"n_x": "shots", "n_y": "shots", "x": "x_err", "y": "y_err", "x_err": "x", "y_err": "y"}
+_INTEGERS = ("cycle", "shots", "n_x", "n_y", "n_m")
+_PARTNERS = {"n_x": "shots", "n_y": "shots", "n_m": "n_y", "x": "x_err", "y": "y_err", "x_err": "x", "y_err": "y"}
 _LARGEST_INTEGER = 2**53  # beyond this a float no longer holds every integer
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)

@@ -1,66 +1,18 @@
-"""How probable a loop table is for a device: binomial counts, or values with Gaussian errors.
-
-Readout errors act inside the model (the probability that a shot is assigned to s), never by inverting them on the data.
-"""
+"""How probable a loop table is for a device: its rows as runs of the device, and what the device predicts for them."""
 
 import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import gammaln
 from jaxtyping import Array, Bool, Float, Int
 
 from calibration.data import LoopTable
+from calibration.observations import Noise, Observations
 from calibration.parameters import with_window
+from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor, Settings
 from twin.planning import rounded_up
-
-
-class Observations(eqx.Module):
-    """One measured column with its model probabilities p: counts of `shots`, or values with standard errors.
-
-    Unmeasured cells have `measured` False; their numbers are placeholders that never enter.
-
-    Args:
-        value: counts n, or the values, shape (rows,).
-        scale: shots N, or the standard errors, shape (rows,).
-        measured: which cells hold a measurement.
-        counted: True for counts.
-    """
-
-    value: Float[Array, " rows"]
-    scale: Float[Array, " rows"]
-    measured: Bool[Array, " rows"]
-    counted: bool = eqx.field(static=True)
-
-    def log_likelihood(self, p: Float[Array, " rows"]) -> Float[Array, ""]:
-        """Sum over measured cells of log Binomial(n | N, p), or of the log normal density."""
-        value, scale = jnp.where(self.measured, self.value, 0.0), jnp.where(self.measured, self.scale, 1.0)
-        if self.counted:
-            n, shots = value, scale
-            choose = gammaln(shots + 1) - gammaln(n + 1) - gammaln(shots - n + 1)
-            # An outcome that never occurred has no term, so its logarithm (and its slope) must not be taken at p = 0.
-            seen, unseen = n > 0, n < shots
-            terms = choose + n * jnp.log(jnp.where(seen, p, 1.0))
-            terms = terms + (shots - n) * jnp.log1p(-jnp.where(unseen, p, 0.0))
-        else:
-            terms = -0.5 * ((value - p) / scale) ** 2 - jnp.log(scale * np.sqrt(2 * np.pi))
-        return jnp.sum(jnp.where(self.measured, terms, 0.0))
-
-    def variance(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """Variance of the estimate of p in each cell."""
-        return p * (1 - p) / self.scale if self.counted else self.scale**2
-
-    def estimate(self) -> Float[Array, " rows"]:
-        """The measured probability: n / N, or the value; NaN where not measured."""
-        return jnp.where(self.measured, self.value / self.scale if self.counted else self.value, jnp.nan)
-
-    def residual(self, p: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """Standardized residuals, (measured - p) / sqrt(variance); NaN where not measured, 0 where certain."""
-        difference, variance = self.estimate() - p, self.variance(p)
-        certain = (difference == 0) & (variance == 0)
-        return jnp.where(certain, 0.0, difference / jnp.sqrt(jnp.where(certain, 1.0, variance)))
 
 
 class Experiment(eqx.Module):
@@ -71,7 +23,7 @@ class Experiment(eqx.Module):
         settings: the distinct pairs of laser offsets, and which of them each row has.
         first_x_set, first_setting: the distinct runs of pulse 1 alone; `first_of` maps rows to them.
         loops: rows of each loop in order, and its memory window (None: the device's own).
-        x, y: the measured columns; None where the table lacks them.
+        x, y, m: the measured columns; None where the table lacks them. m counts among the shots not assigned to s.
         fed_x: measured input of each row for the feedback; NaN where not measured.
         all_x_measured: no row of `fed_x` is NaN.
     """
@@ -86,6 +38,7 @@ class Experiment(eqx.Module):
     windows: tuple[Float[Array, ""], ...] | None
     x: Observations | None
     y: Observations | None
+    m: Observations | None
     fed_x: Float[Array, " rows"]
     all_x_measured: bool = eqx.field(static=True)
 
@@ -115,14 +68,15 @@ class Experiment(eqx.Module):
             windows=windows,
             x=x,
             y=_observations(table, "y"),
+            m=_third(table),
             fed_x=jnp.full(len(table), jnp.nan) if x is None else x.estimate(),
             all_x_measured=x is not None and bool(np.all(x.measured)),
         )
 
     @property
     def columns(self) -> tuple[Observations, ...]:
-        """The measured columns, x first."""
-        return tuple(column for column in (self.x, self.y) if column is not None)
+        """The measured columns: x, y, m."""
+        return tuple(column for column in (self.x, self.y, self.m) if column is not None)
 
     @property
     def n_data(self) -> int:
@@ -152,11 +106,26 @@ def _observations(table: LoopTable, column: str) -> Observations | None:
     )
 
 
+def _third(table: LoopTable) -> Observations | None:
+    """Counts of m among the shots that were not assigned to s."""
+    if table.n_m is None:
+        return None
+    assert table.shots is not None and table.n_y is not None
+    left = table.shots - table.n_y
+    measured = np.isfinite(table.n_m) & np.isfinite(left) & (left > 0)
+    fill = lambda a, other: jnp.asarray(np.where(measured, a, other), float)
+    return Observations(fill(table.n_m, 0.0), fill(left, 1.0), jnp.asarray(measured), True)
+
+
 class Prediction(eqx.Module):
-    """Model probabilities of the two measured columns, and the transfer used, shape (rows,)."""
+    """Model probabilities of the measured columns, and the transfer used, shape (rows,).
+
+    `p_m` is the probability of m for a shot that was not assigned to s after both pulses.
+    """
 
     p_x: Float[Array, " rows"]
     p_y: Float[Array, " rows"]
+    p_m: Float[Array, " rows"]
     r: Float[Array, " rows"]
     valid: Bool[Array, " rows"]
 
@@ -184,7 +153,14 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
         r = _transfers(device, experiment, fed, own_window)
         second = respond(experiment.x_set, r, alone=False)
         valid = first.valid[experiment.first_of] & second.valid
-        return Prediction(p_x, device.assigned(second.populations), r, valid)
+        return Prediction(p_x, *_outputs(device, experiment, second.populations), r, valid)
+    if isinstance(getattr(device, "method", None), EmulatedSeries):
+        # Nothing is solved, so nothing is gained by one batch of both kinds.
+        first = respond(first_x, none, alone=True, of_cycle=first_setting)
+        second = respond(experiment.x_set, r, alone=False)
+        valid = first.valid[experiment.first_of] & second.valid
+        p_x = device.assigned(first.populations)[experiment.first_of]
+        return Prediction(p_x, *_outputs(device, experiment, second.populations), r, valid)
     # All transfers are known beforehand: both kinds of run are one batch.
     every = respond(
         jnp.concatenate([first_x, experiment.x_set]),
@@ -192,9 +168,19 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
         alone=jnp.arange(len(first_x) + len(experiment.x_set)) < len(first_x),
         of_cycle=jnp.concatenate([first_setting, experiment.settings.of_cycle]),
     )
-    p, split = device.assigned(every.populations), len(first_x)
+    split = len(first_x)
+    p_x = device.assigned(every.populations[:, :split])[experiment.first_of]
     valid = every.valid[:split][experiment.first_of] & every.valid[split:]
-    return Prediction(p[:split][experiment.first_of], p[split:], r, valid)
+    return Prediction(p_x, *_outputs(device, experiment, every.populations[:, split:]), r, valid)
+
+
+def _outputs(device: AbstractMemristor, experiment: Experiment, populations) -> tuple[Array, Array]:
+    """Probability of s after both pulses, and of m where s was not found (NaN if nobody counted)."""
+    p_y = device.assigned(populations)
+    if experiment.m is None:
+        return p_y, jnp.full_like(p_y, jnp.nan)
+    left = 1 - p_y
+    return p_y, device.assigned_next(populations) / jnp.where(left > 0, left, 1.0)
 
 
 def bucketed(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Experiment:
@@ -228,6 +214,7 @@ def bucketed(device: AbstractMemristor, experiment: Experiment, *, own_window: b
         windows=None,
         x=column(experiment.x),
         y=column(experiment.y),
+        m=column(experiment.m),
         fed_x=pad(experiment.fed_x),
     )
 
@@ -256,50 +243,64 @@ def _transfers(device: AbstractMemristor, experiment: Experiment, fed, own_windo
     return r
 
 
-def log_likelihood(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Float[Array, ""]:
+def log_likelihood(
+    device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False, noise: Noise | None = None
+) -> Float[Array, ""]:
     """Log-likelihood of a table under a device, nats; differentiable in every parameter."""
-    return log_likelihood_of(experiment, predict(device, experiment, own_window=own_window))
+    return log_likelihood_of(experiment, predict(device, experiment, own_window=own_window), noise)
 
 
-def log_likelihood_of(experiment: Experiment, prediction: Prediction) -> Float[Array, ""]:
+def measured(experiment: Experiment, prediction: Prediction) -> list[tuple[Observations, Float[Array, " rows"]]]:
+    """The measured columns with their model probabilities: x, y, m."""
+    pairs = ((experiment.x, prediction.p_x), (experiment.y, prediction.p_y), (experiment.m, prediction.p_m))
+    return [(column, p) for column, p in pairs if column is not None]
+
+
+def log_likelihood_of(experiment: Experiment, prediction: Prediction, noise: Noise | None = None) -> Float[Array, ""]:
     """Log-likelihood of a table under predicted probabilities, nats."""
-    total = jnp.zeros(())
-    if experiment.x is not None:
-        total = total + experiment.x.log_likelihood(prediction.p_x)
-    if experiment.y is not None:
-        total = total + experiment.y.log_likelihood(prediction.p_y)
-    return total
+    return sum((column.log_likelihood(p, noise) for column, p in measured(experiment, prediction)), jnp.zeros(()))
 
 
-def cells(experiment: Experiment, prediction: Prediction) -> tuple[Float[Array, " cells"], Float[Array, " cells"]]:
-    """Model probability and variance of every measured cell, x cells first (unmeasured ones have infinite variance)."""
-    p, variance = [], []
-    for column, value in ((experiment.x, prediction.p_x), (experiment.y, prediction.p_y)):
-        if column is not None:
-            p.append(value)
-            variance.append(jnp.where(column.measured, column.variance(value), jnp.inf))
-    return jnp.concatenate(p), jnp.concatenate(variance)
+def cells(
+    experiment: Experiment, prediction: Prediction, noise: Noise | None = None
+) -> tuple[Float[Array, " cells"], Float[Array, " cells"]]:
+    """Model probability and variance of every measured cell, x first (unmeasured ones have infinite variance)."""
+    pairs = measured(experiment, prediction)
+    variance = [jnp.where(column.measured, column.variance(p, noise), jnp.inf) for column, p in pairs]
+    return jnp.concatenate([p for _, p in pairs]), jnp.concatenate(variance)
 
 
-def pearson_chi2(experiment: Experiment, prediction: Prediction) -> Float[Array, ""]:
+def pearson_chi2(experiment: Experiment, prediction: Prediction, noise: Noise | None = None) -> Float[Array, ""]:
     """Pearson's statistic: the sum of squared standardized residuals over measured cells."""
-    total = jnp.zeros(())
-    for column, p in ((experiment.x, prediction.p_x), (experiment.y, prediction.p_y)):
-        if column is not None:
-            total = total + jnp.sum(jnp.where(column.measured, column.residual(p) ** 2, 0.0))
-    return total
+    squares = [
+        jnp.sum(jnp.where(column.measured, column.residual(p, noise) ** 2, 0.0))
+        for column, p in measured(experiment, prediction)
+    ]
+    return sum(squares, jnp.zeros(()))
 
 
 def replace_observations(
-    experiment: Experiment, x: Float[Array, " rows"], y: Float[Array, " rows"] | None = None
+    experiment: Experiment,
+    x: Float[Array, " rows"] | None = None,
+    y: Float[Array, " rows"] | None = None,
+    m: Float[Array, " rows"] | None = None,
 ) -> Experiment:
-    """The same settings with other measured numbers, for synthetic data; the inputs that the memory averages follow."""
-    new_x = None if experiment.x is None else dataclasses.replace(experiment.x, value=jnp.asarray(x))
-    new_y = (
-        experiment.y if y is None or experiment.y is None else dataclasses.replace(experiment.y, value=jnp.asarray(y))
-    )
-    fed = experiment.fed_x if new_x is None else new_x.estimate()
-    return dataclasses.replace(experiment, x=new_x, y=new_y, fed_x=fed)
+    """The same settings with other measured numbers, for synthetic data; the inputs that the memory averages follow.
+
+    Columns that the table lacks stay lacking. New counts of s change how many shots are left to be m.
+    """
+    changed = {}
+    for name, value in (("x", x), ("y", y), ("m", m)):
+        column = getattr(experiment, name)
+        if column is not None and value is not None:
+            changed[name] = dataclasses.replace(column, value=jnp.asarray(value))
+    third, second = changed.get("m", experiment.m), changed.get("y", experiment.y)
+    if third is not None and second is not None and y is not None:
+        left = second.scale - second.value
+        some = third.measured & (left > 0)
+        changed["m"] = dataclasses.replace(third, scale=jnp.where(some, left, 1.0), measured=some)
+    fed = changed["x"].estimate() if "x" in changed else experiment.fed_x
+    return dataclasses.replace(experiment, **changed, fed_x=fed)
 
 
 def prepared(device: AbstractMemristor, experiment: Experiment) -> AbstractMemristor:

@@ -52,7 +52,7 @@ class AreaTable(eqx.Module):
         """
         place = _Place(self.theta_1.ndim, setting)
         u = place.spread(theta_1) / self.theta_1
-        populations = place.sum(self.alone, _even(u, len(self.alone)))
+        populations = place.sum(self.alone, even_basis(u, len(self.alone)))
         return place.pick(populations), place.pick(place.sum(self.alone_coherence, _odd(u, len(self.alone_coherence))))
 
     def after_both(
@@ -61,13 +61,13 @@ class AreaTable(eqx.Module):
         """Populations and rho_vs after both pulses; arguments as for `after_first`."""
         place = _Place(self.theta_1.ndim, setting)
         u, w = place.spread(theta_1) / self.theta_1, place.spread(theta_2) / self.theta_2
-        even, odd = _even(u, len(self.first)), _odd(u, len(self.first_coherence))
-        even_2 = _even(w, len(self.second))
+        even, odd = even_basis(u, len(self.first)), _odd(u, len(self.first_coherence))
+        even_2 = even_basis(w, len(self.second))
         populations = jnp.sum(place.sum(self.second, even_2) * place.sum(self.first, even), axis=1)
         coherence = times(place.sum(self.second_coherence, even_2), place.sum(self.first_coherence, odd))
         if len(self.residual):
             n, m = len(self.residual_coherence), self.residual.shape[1]
-            even, odd, even_2 = _even(u, m), _odd(u, n), _even(w, m)
+            even, odd, even_2 = even_basis(u, m), _odd(u, n), even_basis(w, m)
             by_first = [place.sum(r, even_2, axis=1) for r in (self.residual, self.residual_coherence)]
             populations = populations + jnp.sum(by_first[0] * even[:, None], axis=0)
             coherence = coherence + jnp.sum(by_first[1] * odd[:, None], axis=0)
@@ -106,7 +106,7 @@ class _Place(NamedTuple):
         return jnp.sum(coefficients.reshape(shape) * aligned, axis=axis)
 
 
-def _even(u: Array, n: int) -> Array:
+def even_basis(u: Array, n: int) -> Array:
     """T_0, T_2, ... T_{2n-2} at u, on a new first axis."""
     w = 2 * u**2 - 1
     rows = [jnp.ones_like(w), w]

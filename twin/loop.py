@@ -145,6 +145,10 @@ class AbstractMemristor(eqx.Module):
     def assigned(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
         """Probability that the readout assigns s."""
 
+    def assigned_next(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
+        """Probability that a shot is not assigned to s, and then to m by a second detection."""
+        raise NotImplementedError(f"{type(self).__name__} has no second detection stage.")
+
 
 class Loop(eqx.Module):
     """One hysteresis loop, arrays of shape (cycles, *batch).

@@ -18,6 +18,7 @@ from twin.area_table import AreaTable
 from twin.batching import check_not_negative, check_positive, check_values, is_traced, physical, real_array
 from twin.closed_form import flat_root, overlap_bound, separated_coherence, separated_populations, set_area
 from twin.dynamics import Adaptive, Solution, StaticGrid, evolve
+from twin.emulator import EmulatedSeries, EmulatedTable
 from twin.levels import SCHEMES, LevelSystem, Scheme
 from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
 from twin.memory import AbstractMemory
@@ -162,7 +163,9 @@ class IonMemristor(AbstractMemristor):
                 f"`{type(method).__name__}` is decided from known values by `run`, `prepared` and `planned`; "
                 "inside jit, grad or vmap name the method: AreaSeries or StaticGrid, planned for the values to come."
             )
-        table = self._tabulated(method, settings) if isinstance(method, AreaSeries) else None
+        table = self.tabulated(settings, self.largest_areas) if isinstance(method, AreaSeries) else None
+        if isinstance(method, EmulatedSeries):
+            table = method.table(self, settings)
 
         def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
@@ -171,8 +174,10 @@ class IonMemristor(AbstractMemristor):
             if self.phonon_nodes == 1:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
-            if isinstance(method, AreaSeries) and table is not None:
+            if isinstance(table, AreaTable):
                 response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
+            elif isinstance(table, EmulatedTable):
+                response = _from_emulated(table, theta_1, theta_2, now.of_cycle, alone)
             elif isinstance(method, ClosedForm):
                 response = self._closed_form(theta_1, None if alone is True else jnp.where(alone, 0.0, theta_2))
             else:
@@ -193,6 +198,22 @@ class IonMemristor(AbstractMemristor):
         if scheme.signal_is_dark:
             return assignment_probability(p, bright, dark)
         return assignment_probability(p, dark, bright)
+
+    def assigned_next(self, populations) -> Float[Array, "..."]:
+        scheme = self._scheme
+        if "top" in {which for _, _, which in scheme.decays}:
+            raise ValueError("the ladder's m decays at once, so that no second detection finds it; leave n_m out.")
+        bright, dark = self.readout_error_bright, self.readout_error_dark
+        # A pulse exchanges s and m, and the ion is detected again.
+        exchanged = {"s": "m", "m": "s"}
+        total = jnp.zeros_like(populations[0])
+        for level, population in zip(scheme.levels, populations, strict=True):
+            first, second = level in scheme.dark, exchanged.get(level, level) in scheme.dark
+            read_dark = [1 - dark if is_dark else bright for is_dark in (first, second)]
+            # Not s at first, then m: bright, then dark where s is dark; the other way round where s is bright.
+            both = [1 - read_dark[0], read_dark[1]] if scheme.signal_is_dark else [read_dark[0], 1 - read_dark[1]]
+            total = total + population * both[0] * both[1]
+        return total
 
     # ------------------------------------------------------------------------------------------------ set points
 
@@ -258,9 +279,11 @@ class IonMemristor(AbstractMemristor):
 
     # ------------------------------------------------------------------------------------------------ solving
 
-    def _tabulated(self, method: AreaSeries, settings: Settings) -> AreaTable:
+    def tabulated(self, settings: Settings, largest) -> AreaTable:
+        """Series of an `AreaSeries` device at its settings, for areas up to `largest`, rad."""
         system = self.system(settings.detuning_1_hz, settings.detuning_2_hz)
-        return tabulate(method, system, self.timing, self.largest_areas, self._scheme.start)
+        assert isinstance(self.method, AreaSeries)
+        return tabulate(self.method, system, self.timing, largest, self._scheme.start)
 
     def _closed_form(self, theta_1, theta_2) -> Response:
         areas = (theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
@@ -346,6 +369,25 @@ def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) 
     return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
+def _from_emulated(table: EmulatedTable, theta_1, theta_2, of_cycle, alone) -> Response:
+    """Cycles read off an emulated table; invalid ones are NaN, and so are all coherences, which are not emulated."""
+    if alone is True:
+        populations = table.after_first(theta_1, of_cycle)
+    elif alone is False:
+        populations = table.after_both(theta_1, theta_2, of_cycle)
+    else:
+        both = table.after_both(theta_1, theta_2, of_cycle)
+        populations = jnp.where(alone, table.after_first(theta_1, of_cycle), both)
+    cycles = populations.shape[1:]
+    inside = (jnp.abs(theta_1) <= table.theta_1 * (1 + 1e-9)) & (
+        alone | (jnp.abs(theta_2) <= table.theta_2 * (1 + 1e-9))
+    )
+    valid = jnp.broadcast_to(table.valid[of_cycle] & inside, cycles)
+    populations = jnp.where(valid, populations, jnp.nan)
+    error = jnp.broadcast_to(table.error, cycles)
+    return Response(populations, jnp.full((2, *cycles), jnp.nan), valid, error, "emulated series")
+
+
 def _average(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
     """The mean over phonon numbers, the first batch axis."""
     mean = lambda values: jnp.sum(weights * values, axis=1)
@@ -410,3 +452,9 @@ class PhotonicMemristor(AbstractMemristor):
 
     def assigned(self, populations) -> Float[Array, "..."]:
         return assignment_probability(populations[1], self.readout_error_bright, self.readout_error_dark)
+
+    def assigned_next(self, populations) -> Float[Array, "..."]:
+        # The feedback detector clicks for m; a photon is in one of the two arms only.
+        bright, dark = self.readout_error_bright, self.readout_error_dark
+        v, s, m = populations
+        return (1 - bright) * ((1 - dark) * m + bright * v) + dark * bright * s

@@ -13,11 +13,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from twin import emulator
 from twin import grid as grids
 from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, reach, starts_of
 from twin.batching import batch_shape, real_array
 from twin.closed_form import overlap_bound
 from twin.dynamics import Adaptive, StaticGrid
+from twin.emulator import EmulatedSeries
 
 
 class ClosedForm(eqx.Module):
@@ -45,7 +47,7 @@ class Automatic(eqx.Module):
     error: float = eqx.field(static=True, default=1e-8)
 
 
-Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | Adaptive
+Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | EmulatedSeries | Adaptive
 
 # A run of pulse 1 alone costs half of one of both pulses; a series has work of its own beside its solves.
 SOLVES_OF_CYCLE, _WORTH = 1.5, 0.7
@@ -93,6 +95,26 @@ def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: 
         steps = plan_steps(device, box, detuning_set_hz=detuning_set_hz, error=error)
         return dataclasses.replace(device, steps=steps, method=dataclasses.replace(method, finest=error))
     return dataclasses.replace(device, method=method) if isinstance(method, AreaSeries) else device
+
+
+# The solves' part of an emulator's error.
+_TABLE_SHARE = 0.3
+
+
+def emulated(ion, boxes: Mapping[str, tuple[float, float]], settings, *, error: float):
+    """The ion with its dynamics solved beforehand for a box of parameters: see `twin.emulator`.
+
+    Args:
+        ion: an `IonMemristor` of known scalar values.
+        boxes: (low, high) of each parameter that will vary.
+        settings: the laser offsets that will occur, as `Settings` with `of_cycle`.
+        error: of populations.
+
+    Raises:
+        EmulationError: no polynomial of bearable size serves the box.
+    """
+    series = _series(ion, boxes, settings.largest_hz, _TABLE_SHARE * error)
+    return emulator.emulated(ion, series, boxes, settings, error=error)
 
 
 def coarsened(device, error: float):

@@ -1,0 +1,214 @@
+"""What a calibration asks: which parameters are free, in which boxes, and which tables speak about them.
+
+A table is a part. Parts share every free parameter except those named ``NAME@PART``, which belong to one part alone
+(say, the detuning of each day). The prior is uniform in the boxes; searches and samplers walk in unbounded coordinates.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from calibration.likelihood import Experiment, measured, predict, replace_observations
+from calibration.observations import Noise, Observations
+from calibration.parameters import FreeParameters, with_parameters
+from twin.loop import AbstractMemristor
+
+NOISE_PARAMETERS = ("overdispersion",)
+"""Free parameters of the noise, not of the device."""
+
+
+class Data(Protocol):
+    """What a part holds: settings and measured columns of a table."""
+
+    def predicted(
+        self, device: AbstractMemristor, own_window: bool
+    ) -> list[tuple[Observations, Float[Array, " rows"]]]:
+        """The measured columns with the probabilities that a device gives them."""
+        ...
+
+    @property
+    def observed(self) -> tuple[Observations, ...]:
+        """The measured columns."""
+        ...
+
+    def with_observed(self, values: Sequence[Array]) -> "Data":
+        """Other measured numbers, column by column."""
+        ...
+
+    def simulated(self, key: PRNGKeyArray, device: AbstractMemristor, own_window: bool, noise: Noise) -> "Data":
+        """The same settings measured on a device."""
+        ...
+
+
+class Loops(eqx.Module):
+    """A loop table as a part."""
+
+    experiment: Experiment
+
+    def predicted(
+        self, device: AbstractMemristor, own_window: bool
+    ) -> list[tuple[Observations, Float[Array, " rows"]]]:
+        return measured(self.experiment, predict(device, self.experiment, own_window=own_window))
+
+    @property
+    def observed(self) -> tuple[Observations, ...]:
+        """The measured columns."""
+        return self.experiment.columns
+
+    def with_observed(self, values: Sequence[Array]) -> "Loops":
+        """Other measured numbers, column by column."""
+        names = [name for name in ("x", "y", "m") if getattr(self.experiment, name) is not None]
+        return Loops(replace_observations(self.experiment, **dict(zip(names, values, strict=True))))
+
+    def simulated(self, key: PRNGKeyArray, device: AbstractMemristor, own_window: bool, noise: Noise) -> "Loops":
+        """The same settings measured on a device; the memory follows the simulated inputs where nothing recorded it."""
+        keys = jax.random.split(key, 3)
+        data = self.experiment
+        prediction = predict(device, data, own_window=own_window)
+        if data.x is not None:
+            data = replace_observations(data, x=data.x.sample(keys[0], prediction.p_x, noise))
+            if data.r_set is None and device.source == "measured":
+                prediction = predict(device, data, own_window=own_window)
+        if data.y is not None:
+            data = replace_observations(data, y=data.y.sample(keys[1], prediction.p_y, noise))
+        if data.m is not None:
+            data = replace_observations(data, m=data.m.sample(keys[2], prediction.p_m, noise))
+        return Loops(data)
+
+
+class Part(eqx.Module):
+    """One table with the device that is to explain it, planned or emulated for the boxes."""
+
+    name: str = eqx.field(static=True)
+    device: AbstractMemristor
+    data: Data
+
+
+class Problem(eqx.Module):
+    """Free parameters, the tables that speak about them, and how measured numbers scatter.
+
+    Attributes:
+        free: names and boxes; a name with ``@PART`` belongs to that part alone.
+        parts: tables with their devices.
+        noise: the law of the scatter; its parameters may be free as well.
+    """
+
+    free: FreeParameters
+    parts: tuple[Part, ...]
+    noise: Noise = eqx.field(default_factory=Noise)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Free parameters, in the order of every array of values."""
+        return self.free.names
+
+    def device(self, part: Part, values: Float[Array, " parameters"]) -> AbstractMemristor:
+        """The device of a part at some values."""
+        own = {}
+        for name, value in zip(self.names, values, strict=True):
+            base, _, place = name.partition("@")
+            if place in ("", part.name) and base not in NOISE_PARAMETERS:
+                own[base] = value
+        return with_parameters(part.device, own)
+
+    def noise_at(self, values: Float[Array, " parameters"]) -> Noise:
+        """The noise at some values."""
+        own = {name: values[k] for k, name in enumerate(self.names) if name in NOISE_PARAMETERS}
+        return dataclasses.replace(self.noise, **own)
+
+    def own_window(self, part: Part) -> bool:
+        """Whether the device's window, rather than the table's, supplies the transfers of a part."""
+        return bool({"window_cycles", f"window_cycles@{part.name}"} & set(self.names))
+
+    def predicted(self, values: Float[Array, " parameters"]) -> list[tuple[Observations, Float[Array, " rows"]]]:
+        """Measured columns of all parts with their model probabilities."""
+        return [
+            pair
+            for part in self.parts
+            for pair in part.data.predicted(self.device(part, values), self.own_window(part))
+        ]
+
+    def log_likelihood(self, values: Float[Array, " parameters"]) -> Float[Array, ""]:
+        """Of all tables, nats."""
+        noise = self.noise_at(values)
+        return sum((column.log_likelihood(p, noise) for column, p in self.predicted(values)), jnp.zeros(()))
+
+    def log_density(self, u: Float[Array, " parameters"]) -> Float[Array, ""]:
+        """Log posterior density in unbounded coordinates, up to a constant: uniform prior in the boxes."""
+        jacobian = jnp.sum(jax.nn.log_sigmoid(u) + jax.nn.log_sigmoid(-u))
+        return self.log_likelihood(self.free.bounded(u)) + jacobian
+
+    def deviance_residuals(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
+        """Residuals whose half sum of squares is the negative log-likelihood up to a constant; plain noise only."""
+        return jnp.concatenate([column.deviance_residual(p) for column, p in self.predicted(values)])
+
+    def cells(
+        self, values: Float[Array, " parameters"]
+    ) -> tuple[Float[Array, " cells"], Float[Array, " cells"], Bool[Array, " cells"]]:
+        """Probability, variance of its estimate, and presence, of every cell."""
+        noise, pairs = self.noise_at(values), self.predicted(values)
+        p = jnp.concatenate([p for _, p in pairs])
+        variance = jnp.concatenate([column.variance(p, noise) for column, p in pairs])
+        return p, variance, jnp.concatenate([column.measured for column, _ in pairs])
+
+    def residuals(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
+        """Standardized residuals; NaN where not measured."""
+        noise = self.noise_at(values)
+        return jnp.concatenate([column.residual(p, noise) for column, p in self.predicted(values)])
+
+    def information(self, values: Float[Array, " parameters"]) -> Float[Array, "parameters parameters"]:
+        """Expected Fisher information of independent cells with probability p and variance v.
+
+            F = sum (dp/dtheta)(dp/dtheta)^T / v,   plus (dv/drho)^2 / 2 v^2 for an overdispersion rho
+
+        Cells whose probability is exactly 0 or 1 carry no weight: variance and slope vanish together.
+        """
+        p, variance, there = self.cells(values)
+        slopes = jax.jacfwd(lambda v: self.cells(v)[0])(values)
+        weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
+        fisher = slopes.T @ (weights[:, None] * slopes)
+        for k, name in enumerate(self.names):
+            if name in NOISE_PARAMETERS:
+                direction = jnp.zeros_like(values).at[k].set(1.0)
+                change = jax.jvp(lambda v: self.cells(v)[1], (values,), (direction,))[1]
+                fisher = fisher.at[k, k].add(0.5 * jnp.sum((weights * change) ** 2))
+        return fisher
+
+    @property
+    def n_data(self) -> int:
+        """Number of measured cells."""
+        return sum(int(np.sum(column.measured)) for part in self.parts for column in part.data.observed)
+
+    @property
+    def observed(self) -> tuple[tuple[Array, ...], ...]:
+        """Measured numbers, part by part and column by column."""
+        return tuple(tuple(column.value for column in part.data.observed) for part in self.parts)
+
+    def with_observed(self, observed: Sequence[Sequence[Array]]) -> "Problem":
+        """The same question about other measured numbers."""
+        return self._with_data([part.data.with_observed(v) for part, v in zip(self.parts, observed, strict=True)])
+
+    def simulated(self, key: PRNGKeyArray, values: Float[Array, " parameters"]) -> "Problem":
+        """The same question about numbers that a device with these values could have shown."""
+        noise = self.noise_at(values)
+        return self._with_data(
+            [
+                part.data.simulated(k, self.device(part, values), self.own_window(part), noise)
+                for k, part in zip(jax.random.split(key, len(self.parts)), self.parts, strict=True)
+            ]
+        )
+
+    def _with_data(self, data: Sequence[Data]) -> "Problem":
+        parts = tuple(dataclasses.replace(part, data=d) for part, d in zip(self.parts, data, strict=True))
+        return dataclasses.replace(self, parts=parts)
+
+    def with_devices(self, change: Callable[[AbstractMemristor, Data], AbstractMemristor]) -> "Problem":
+        """The same question with the device of each part changed."""
+        parts = tuple(dataclasses.replace(part, device=change(part.device, part.data)) for part in self.parts)
+        return dataclasses.replace(self, parts=parts)
