@@ -43,11 +43,11 @@ class Experiment(eqx.Module):
     all_x_measured: bool = eqx.field(static=True)
 
     @classmethod
-    def from_table(cls, table: LoopTable) -> "Experiment":
-        """Prepares a validated table."""
-        offsets = np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1)
-        offsets, setting = np.unique(offsets, axis=0, return_inverse=True)
-        setting = setting.ravel()
+    def from_table(cls, table: LoopTable, offsets: Float[np.ndarray, "settings 2"] | None = None) -> "Experiment":
+        """Prepares a validated table; `offsets` lists those of several tables that share a device, sorted."""
+        own = np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1)
+        offsets = np.unique(own, axis=0) if offsets is None else offsets
+        setting = np.array([np.flatnonzero(np.all(offsets == row, axis=1))[0] for row in own])
         # Laser 2 plays no part in a run of pulse 1 alone: any setting with the same laser 1 will do.
         runs = np.stack([table.x_set, table.detuning_1_set_hz], axis=1)
         _, rows_of_runs, first_of = np.unique(runs, axis=0, return_index=True, return_inverse=True)

@@ -5,6 +5,7 @@ ever clipped and every value has a gradient.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+from scipy.stats import qmc
 
 from twin.loop import AbstractMemristor
 from twin.memory import AbstractMemory, Exponential, MovingAverage
@@ -22,7 +24,8 @@ UNITS = {"_hz": "Hz", "_s": "s", "_cycles": "cycles", "_per_s": "1/s", "_rad": "
 
 
 def unit_of(name: str) -> str:
-    """The unit that a parameter's name carries; "" for a plain number."""
+    """The unit that a parameter's name carries; "" for a plain number. ``NAME@PART`` has that of NAME."""
+    name = name.partition("@")[0]
     return next((unit for suffix, unit in sorted(UNITS.items(), key=lambda s: -len(s[0])) if name.endswith(suffix)), "")
 
 
@@ -80,8 +83,13 @@ class FreeParameters(eqx.Module):
         return jnp.log(share) - jnp.log1p(-share)
 
     def draw(self, key: PRNGKeyArray, starts: int) -> Float[Array, "starts parameters"]:
-        """Uniform random values in the box."""
+        """Uniform random values in the box: draws from the prior."""
         return self.low + self.width * jax.random.uniform(key, (starts, len(self.names)))
+
+    def spread(self, seed: int, starts: int) -> Float[Array, "starts parameters"]:
+        """Values spread evenly over the box: a scrambled Sobol sequence."""
+        sequence = qmc.Sobol(len(self.names), rng=np.random.default_rng(seed))
+        return self.low + self.width * jnp.asarray(sequence.random(2 ** math.ceil(math.log2(starts)))[:starts])
 
     def apply(self, device, values: Float[Array, " parameters"]):
         """The device with these values in place."""

@@ -10,7 +10,9 @@ differentiated. The error is measured against tables solved at other points, the
 import dataclasses
 import itertools
 import math
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -212,12 +214,17 @@ class _Tables:
         self.count += len(points)
         # The ends of the box must not round to just outside of what a parameter may be.
         values = np.clip(values, self.low, self.high)
-        blocks = []
-        for begin in range(0, len(values), _BLOCK):
+
+        def solved(begin: int) -> dict[str, np.ndarray]:
             block = values[begin : begin + _BLOCK]
             full = np.concatenate([block, np.repeat(block[-1:], _BLOCK - len(block), axis=0)])
             found = _solved(self.ion, self.names, jnp.asarray(full), self.settings, self.largest)
-            blocks.append({name: np.asarray(field)[: len(block)] for name, field in found.items()})
+            return {name: np.asarray(field)[: len(block)] for name, field in found.items()}
+
+        begins = range(0, len(values), _BLOCK)
+        # The first block compiles; the others share the cores.
+        with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
+            blocks = [solved(begins[0]), *pool.map(solved, begins[1:])]
         found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
         if not np.all(found.pop("valid")):
             raise EmulationError("a device in the box cannot be solved to the requested error; plan it for the box.")
