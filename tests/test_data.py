@@ -178,7 +178,7 @@ FILES = [  # content, expected parts of the message
     (GOOD.encode("utf-16-le"), ["null byte"]),
     (GOOD.replace("B,", "ß,").encode("latin-1"), ["line 5", "0xdf", "UTF-8"]),
     (b"PK\x03\x04...", ["spreadsheet", "CSV"]),
-    (b"\x89HDF\r\n", ["HDF5", "CSV"]),
+    (b"\x89HDF\r\n", ["HDF5", "damaged"]),
     (b"\x1f\x8b...", ["gzip", "CSV"]),
     (GOOD.encode() + b"\0", ["line 7", "null byte"]),
     (bytes(range(1, 256)), ["UTF-8"]),
