@@ -162,8 +162,11 @@ def _read_netcdf(name: str, sources: Mapping[str, Source], engine: str = "scipy"
     """NetCDF-3 (scipy) or NetCDF-4 (h5netcdf), fill values and packed numbers decoded, times left as numbers."""
     import xarray as xr
 
-    with _reading(name, "NetCDF"), xr.open_dataset(name, engine=engine, decode_times=False) as dataset:
-        return from_dataset(dataset, sources, name)
+    with _reading(name, "NetCDF"):
+        # scipy would map the file into memory, which a file that is cut off meanwhile does not survive.
+        file = io.BytesIO(Path(name).read_bytes()) if engine == "scipy" else name
+        with xr.open_dataset(file, engine=engine, decode_times=False) as dataset:
+            return from_dataset(dataset, sources, name)
 
 
 def _read_parquet(name: str, sources: Mapping[str, Source]) -> dict[str, np.ndarray]:
