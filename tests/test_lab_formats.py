@@ -667,7 +667,7 @@ BAD_MAPPINGS = [  # mapping, parts of the message after "columns."
     ({"loop": {"constant": 1.5}}, ["loop.constant is 1.5, but must be a label"]),
     ({"loop": {"name": "a", "unit": "Hz"}}, ["loop.unit is 'Hz', but loop holds labels"]),
     ({"detuning_1_set_hz": {"name": "a", "unit": "khz"}}, ["detuning_1_set_hz.unit is 'khz'", "did you mean 'kHz'?"]),
-    ({"detuning_1_set_hz": {"name": "a", "unit": "rad/s"}}, ["detuning_1_set_hz.unit is 'rad/s', but detuning_1_set_hz takes 'Hz', 'mHz'"]),
+    ({"detuning_1_set_hz": {"name": "a", "unit": "rad/s"}}, ["detuning_1_set_hz.unit is 'rad/s'", "takes 'Hz', 'mHz'"]),
     ({"x_set": {"name": "a", "unit": "kHz"}}, ["x_set.unit is 'kHz', but x_set takes '1', '%'"]),
     ({"x_set": {"name": "a", "unit": ["%"]}}, ["x_set.unit is ['%']"]),
 ]  # fmt: skip
