@@ -232,6 +232,9 @@ def test_writing_and_reading_gives_the_same_table(tmp_path, suffix):
     for table in (SAMPLE, values):
         path = tmp_path / f"table{suffix}"
         write_table(table, path)
+        assert path.read_bytes().startswith(
+            {".nc": b"\x89HDF", ".parquet": b"PAR1"}.get(suffix.lower(), b"loop,cycle,")
+        )
         again = read_table(path)
         assert_columns(again, table.columns)
         assert again.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -336,10 +339,12 @@ def test_packed_numbers_and_fill_values_are_decoded(tmp_path):
 def test_times_are_left_alone(tmp_path):
     measured = dataset(time=("row", np.arange(8.0), {"units": "days since 2026-01-01"}))
     measured["wait"] = ("row", np.arange(8.0), {"units": "s"})
+    measured["odd"] = ("row", np.arange(8.0), {"units": "days since the last vent"})
     measured.to_netcdf(tmp_path / "times.nc", engine="h5netcdf")
     assert_columns(read_table(tmp_path / "times.nc"))
     message = refusal(read_table, tmp_path / "times.nc", {"window_cycles": "wait"})
     assert "unit of variable 'wait' is 's', but window_cycles takes '1'" in message
+    assert "'time' is 'days since 2026-01-01'" in refusal(read_table, tmp_path / "times.nc", {"window_cycles": "time"})
 
 
 def test_labels_are_texts_bytes_or_numbers():
@@ -362,6 +367,13 @@ def test_a_column_of_parquet_may_be_null_throughout(tmp_path):
     columns = {name: pa.array(values.tolist(), from_pandas=True) for name, values in COLUMNS.items()}
     parquet.write_table(pa.table({**columns, "window_cycles": pa.nulls(8)}), tmp_path / "t.parquet")
     assert_columns(read_table(tmp_path / "t.parquet"))
+
+
+def test_a_missing_category_is_no_label(tmp_path):
+    frame = pd.DataFrame(COLUMNS)
+    frame["loop"] = pd.Categorical([*COLUMNS["loop"][:7], None])
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert "row 7, column loop is None" in refusal(read_table, tmp_path / "t.parquet")
 
 
 # Units.
@@ -491,6 +503,13 @@ def test_a_variable_that_is_mapped_is_not_also_taken_under_its_own_name():
     assert_columns(table)
     swapped = dataset(n_x=("row", COLUMNS["n_y"]), n_y=("row", COLUMNS["n_x"]))
     assert_columns(table_from_dataset(swapped, {"n_x": "n_y", "n_y": "n_x"}))
+
+
+def test_a_setting_that_serves_another_column_is_not_read_twice():
+    commanded = dataset(x_set=None, r_set=("row", COLUMNS["x_set"]))
+    assert table_from_dataset(commanded, {"x_set": "r_set"}).r_set is None
+    both = table_from_dataset(commanded, {"x_set": "r_set", "r_set": "r_set"})
+    np.testing.assert_array_equal(both.columns["r_set"], both.x_set)
 
 
 def test_a_mapping_to_one_kind_of_data_leaves_the_other_aside(tmp_path):
