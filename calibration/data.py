@@ -6,19 +6,31 @@
 
 Settings other than `cycle` and `x_set` are optional; an optional setting is given in every row or in none. Any
 measurement may be missing. Nothing is dropped, rounded or clipped: a table that breaks a rule is refused with its file,
-line, column and value.
+line (row, where the file has no lines), column and value.
 """
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.formats import COLUMNS, TableError, cell, read_csv, to_csv, write_atomic
+from calibration import lab_formats
+from calibration.columns import COLUMNS, MappingError, TableError, sources_from
+from calibration.formats import cell, kind_of, read_csv, to_csv, write_atomic
 
-__all__ = ["LoopTable", "TableError", "read_table", "synthesize", "write_table"]
+__all__ = [
+    "LoopTable",
+    "MappingError",
+    "TableError",
+    "read_table",
+    "synthesize",
+    "table_from_dataset",
+    "write_table",
+]
 
 _LARGEST_DETUNING_HZ = 1e8
 _LARGEST_WINDOW = 1e6
@@ -40,7 +52,7 @@ class LoopTable:
         shots: repetitions behind each count (0 where nothing was counted), or None for a table of values.
         n_x: counts assigned to s after pulse 1 alone; NaN where not measured; or None.
         n_y: counts assigned to s after both pulses; NaN where not measured; or None.
-        n_m: counts assigned to m by a second detection after both pulses, among the shots not counted in `n_y`; or None.
+        n_m: counts assigned to m by a second detection after both pulses, of shots not in `n_y`; or None.
         x: measured input population; NaN where not measured; or None. Noise may carry it slightly outside [0, 1].
         x_err: standard error of `x`; NaN where not measured; or None.
         y: measured output population; NaN where not measured; or None.
@@ -121,36 +133,81 @@ class LoopTable:
         return np.flatnonzero(self.loop == label)
 
 
-def read_table(path: str | os.PathLike[str]) -> LoopTable:
-    """Read and validate a loop table.
+def read_table(path: str | os.PathLike[str], columns: Mapping[str, Any] | None = None) -> LoopTable:
+    """Read and validate a loop table; the first bytes of the file say what it is, not its name.
 
     Args:
-        path: CSV file in UTF-8 (a byte-order mark is accepted).
+        path: CSV in UTF-8 (a byte-order mark is accepted), HDF5 (among it ARTIQ results), NetCDF (among it QCoDeS
+            exports) or Parquet.
+        columns: where the file holds a column of ours: its name there, or ``{"name": ..., "unit": ...}``, or
+            ``{"constant": ...}``. Columns that are not mapped are found under our names. Other variables of the file
+            are ignored, except that a CSV file without a mapping may hold none.
 
     Returns:
-        The table, its rows in file order.
+        The table, its rows in file order; those of a grid in the order of its dimensions, the last running fastest.
 
     Raises:
-        TableError: the file cannot be read, is not such a CSV, or breaks a rule of the table.
+        TableError: the file cannot be read, is no such file, or breaks a rule of the table.
+        MappingError: `columns` is refused, or names what the file does not hold.
+
+    Example:
+        >>> table = read_table("000000042-Loop.h5", {"n_y": "datasets/dark", "shots": {"constant": 400}})
     """
-    columns, lines, sha256 = read_csv(path)
-    columns.setdefault("loop", np.full(len(lines), "A"))
+    sources, kind, lines = sources_from(columns), kind_of(path), None
+    if kind == "CSV":
+        found, lines, sha256 = read_csv(path, sources)
+    else:
+        found, sha256 = lab_formats.read(kind, path, sources)
+    return _table(found, name=os.fspath(path), sha256=sha256, lines=lines)
+
+
+def table_from_dataset(dataset: Any, columns: Mapping[str, Any] | None = None, name: str = "dataset") -> LoopTable:
+    """A validated loop table from an `xarray.Dataset`, by the same rules as from a NetCDF file.
+
+    Args:
+        dataset: variables along one dimension (the row), or on a grid such as (loop, cycle).
+        columns: as in `read_table`.
+        name: how messages call the dataset.
+
+    Returns:
+        The table; its hash is that of its CSV text.
+
+    Raises:
+        TableError: not such a dataset, or it breaks a rule of the table.
+        MappingError: `columns` is refused, or names what the dataset does not hold.
+    """
+    return _table(lab_formats.from_dataset(dataset, sources_from(columns), name), name=name)
+
+
+def _table(columns: dict[str, np.ndarray], **facts: Any) -> LoopTable:
+    """A table of the columns that were read, and the defaults of those that may be missing."""
+    rows = len(columns["cycle"])
+    columns.setdefault("loop", np.full(rows, "A"))
     for column in ("detuning_1_set_hz", "detuning_2_set_hz"):
-        columns.setdefault(column, np.zeros(len(lines)))
-    return LoopTable(**columns, name=os.fspath(path), sha256=sha256, lines=lines)
+        columns.setdefault(column, np.zeros(rows))
+    return LoopTable(**columns, **facts)
 
 
 def write_table(table: LoopTable, path: str | os.PathLike[str]) -> None:
-    """Write a loop table as CSV, atomically and with every digit: reading it back gives the same table.
+    """Write a loop table, atomically and with every digit: reading it back gives the same table.
 
     Args:
         table: what to write.
-        path: file to create or replace.
+        path: file to create or replace: NetCDF-4 if its name ends in ``.nc``, Parquet if in ``.parquet`` (both with
+            units as attributes), else CSV.
 
     Raises:
+        TableError: Parquet without pyarrow.
         OSError: the file cannot be written.
     """
-    write_atomic(path, to_csv(table.columns).encode())
+    suffix = Path(path).suffix.lower()
+    if suffix == ".nc":
+        data = lab_formats.to_netcdf(table.columns)
+    elif suffix == ".parquet":
+        data = lab_formats.to_parquet(table.columns, os.fspath(path))
+    else:
+        data = to_csv(table.columns).encode()
+    write_atomic(path, data)
 
 
 def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool = False) -> LoopTable:

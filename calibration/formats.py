@@ -2,7 +2,7 @@
 
 CSV in UTF-8: a header row, one row a cycle, fields separated by commas, a point as decimal mark; lines that begin with
 ``#`` are comments, blank lines separate. Nothing is dropped silently: whatever is not such a file is refused with its
-line, column and text.
+line, column and text. HDF5, NetCDF and Parquet are read in `calibration.lab_formats`.
 """
 
 import csv
@@ -19,37 +19,55 @@ from typing import Any
 
 import numpy as np
 
-SETTINGS = ("loop", "cycle", "x_set", "r_set", "window_cycles", "detuning_1_set_hz", "detuning_2_set_hz")
-COUNTS = ("shots", "n_x", "n_y", "n_m")
-VALUES = ("x", "x_err", "y", "y_err")
-COLUMNS = SETTINGS + COUNTS + VALUES
+from calibration.columns import (
+    COLUMNS,
+    INTEGERS,
+    REQUIRED,
+    SETTINGS,
+    Source,
+    TableError,
+    check_complete,
+    choose,
+    converted,
+    units_of,
+)
 
-_REQUIRED = ("cycle", "x_set")
-_INTEGERS = ("cycle", "shots", "n_x", "n_y", "n_m")
-_PARTNERS = {"n_x": "shots", "n_y": "shots", "n_m": "n_y", "x": "x_err", "y": "y_err", "x_err": "x", "y_err": "y"}
 _LARGEST_INTEGER = 2**53  # beyond this a float no longer holds every integer
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip or spreadsheet (.xlsx, .ods) file",
     b"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls) file",
-    b"\x89HDF": "an HDF5 or NetCDF-4 file",
-    b"CDF": "a NetCDF file",
-    b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip-compressed file",
+}
+_BINARY = {  # how files begin that `calibration.lab_formats` reads
+    b"\x89HDF": "HDF5",
+    b"CDF\x01": "NetCDF",
+    b"CDF\x02": "NetCDF",
+    b"CDF\x05": "NetCDF",
+    b"PAR1": "Parquet",
 }
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
-class TableError(ValueError):
-    """A loop table breaks a rule; the message is one sentence with file, line, column, value and remedy."""
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a file is by its first bytes: "HDF5" (which NetCDF-4 is too), "NetCDF", "Parquet", or else "CSV".
+
+    Raises:
+        TableError: the file cannot be read.
+    """
+    head = _read_bytes(Path(path), os.fspath(path), 4)
+    return next((kind for mark, kind in _BINARY.items() if head.startswith(mark)), "CSV")
 
 
-def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
+def read_csv(
+    path: str | os.PathLike[str], sources: Mapping[str, Source]
+) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
     """Columns of a loop table in CSV.
 
     Args:
         path: CSV file in UTF-8 (a byte-order mark is accepted).
+        sources: which column of the file is which of ours; if empty, all must bear our names.
 
     Returns:
         The columns by name, shape (rows,) each: labels as text, ``cycle`` and ``shots`` as integers (empty shots are
@@ -65,7 +83,8 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.nd
     records = [(k, _split(line, k, name)) for k, line in enumerate(text, 1) if line.strip() and line.lstrip()[0] != "#"]
     if not records:
         raise TableError(f"{name}: the file holds only comments, but a header row and one row a cycle are needed.")
-    header = _check_header(records[0][1], f"{name}: line {records[0][0]} (header)")
+    header = records[0][1]
+    chosen = _check_header(header, sources, f"{name}: line {records[0][0]} (header)", name)
     if len(records) == 1:
         raise TableError(f"{name}: line {records[0][0]} is a header without rows, but one row a cycle is needed.")
     for line, fields in records[1:]:
@@ -75,10 +94,15 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.nd
                 "each column (empty if not measured), with a point as decimal mark."
             )
     lines = np.array([line for line, _ in records[1:]])
+    texts = dict(zip(header, zip(*(fields for _, fields in records[1:]), strict=True), strict=False))
     columns = {}
-    for column, *texts in zip(header, *(fields for _, fields in records[1:]), strict=True):
-        if (values := _parse(column, texts, lines, name)) is not None:
-            columns[column] = values
+    for column, source in chosen.items():
+        if source.name is None:
+            values = np.full(len(lines), source.constant)
+        else:
+            values = _parse(column, texts[source.name], lines, name)
+        if values is not None:
+            columns[column] = converted(values, units_of(column).get(source.unit, 1.0))
     return columns, lines, hashlib.sha256(data).hexdigest()
 
 
@@ -100,7 +124,7 @@ def cell(column: str, value: Any) -> str:
     number = float(value)
     if math.isnan(number):
         return ""
-    return str(int(number)) if column in _INTEGERS and number.is_integer() else repr(number)
+    return str(int(number)) if column in INTEGERS and number.is_integer() else repr(number)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -125,13 +149,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read_bytes(path: Path, name: str) -> bytes:
+def _read_bytes(path: Path, name: str, count: int = -1) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(count)
     except FileNotFoundError:
-        raise TableError(f"{name}: there is no such file; name an existing loop table (CSV).") from None
+        raise TableError(f"{name}: there is no such file; name an existing loop table.") from None
     except IsADirectoryError:
-        raise TableError(f"{name}: this is a folder; name a loop table (a CSV file).") from None
+        raise TableError(f"{name}: this is a folder; name a loop table (a file).") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise TableError(f"{name}: the file cannot be read ({reason}); check its path and permissions.") from None
@@ -168,40 +193,40 @@ def _split(line: str, number: int, name: str) -> list[str]:
     return [field.strip() for field in fields]
 
 
-def _check_header(header: list[str], where: str) -> list[str]:
+def _check_header(header: list[str], sources: Mapping[str, Source], where: str, name: str) -> dict[str, Source]:
+    """What is read of which column; without a mapping every column must be one of ours."""
     for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(header) == 1 and mark in header[0]:
             raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
-    for column in header:
+    for column in () if sources else header:
         if not column:
             raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
         if column not in COLUMNS:
             close = difflib.get_close_matches(column.lower(), COLUMNS, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"remove it; the columns are {', '.join(COLUMNS)}."
+            remedy = (
+                f"did you mean {close[0]}?"
+                if close
+                else f"remove it, or say in [data.columns] what to read; the columns are {', '.join(COLUMNS)}."
+            )
             raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
-        if header.count(column) > 1:
-            raise TableError(f"{where} has the column {column} {header.count(column)} times; keep one of them.")
-    for column in _REQUIRED:
-        if column not in header:
-            raise TableError(f"{where} lacks the column {column}; add it, every cycle needs {' and '.join(_REQUIRED)}.")
-    counts, values = ([column for column in kind if column in header] for kind in (COUNTS, VALUES))
-    if counts and values:
-        raise TableError(f"{where} mixes counts ({', '.join(counts)}) and values ({', '.join(values)}); keep one kind.")
-    for column, partner in _PARTNERS.items():
-        if column in header and partner not in header:
-            raise TableError(f"{where} lacks the column {partner}, which {column} needs; add it.")
-    if not {"n_x", "n_y", "x", "y"} & set(header):
-        raise TableError(f"{where} lacks the measurements; add shots with n_x or n_y, or x, x_err or y, y_err.")
-    return header
+    named = [column for column in header if column]
+    chosen = choose(named, lambda column: column if column in named else None, sources, name)
+    for source in chosen.values():
+        if source.name is not None and header.count(source.name) > 1:
+            raise TableError(
+                f"{where} has the column {source.name} {header.count(source.name)} times; keep one of them."
+            )
+    check_complete(chosen, where, named if sources else ())
+    return chosen
 
 
 def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> np.ndarray | None:
     """One column from its texts; None for an optional setting that is empty in every row."""
     empty = [not text for text in texts]
     if column in SETTINGS and any(empty):
-        if all(empty) and column not in _REQUIRED:
+        if all(empty) and column not in REQUIRED:
             return None
-        remedy = "give it in every row" + ("." if column in _REQUIRED else ", or in none.")
+        remedy = "give it in every row" + ("." if column in REQUIRED else ", or in none.")
         raise TableError(f"{name}: line {lines[empty.index(True)]}, column {column} is empty; {remedy}")
     if column == "loop":
         return np.array(texts)
@@ -221,8 +246,8 @@ def _number(text: str, column: str, where: str) -> float:
         remedy = "write a point as decimal mark" if _DECIMAL_COMMA.fullmatch(text) else "write a plain number"
         raise TableError(f"{where}, which is not a number; {remedy}.")
     number = float(text)
-    if column in _INTEGERS and not number.is_integer():
+    if column in INTEGERS and not number.is_integer():
         raise TableError(f"{where}, but {column} must be an integer; write the number that was recorded.")
-    if abs(number) > (_LARGEST_INTEGER if column in _INTEGERS else np.finfo(np.float64).max):
+    if abs(number) > (_LARGEST_INTEGER if column in INTEGERS else np.finfo(np.float64).max):
         raise TableError(f"{where}, which is too large; check the value.")
     return number

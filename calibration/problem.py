@@ -194,7 +194,7 @@ class Problem(eqx.Module):
 
         Cells whose probability is exactly 0 or 1 carry no weight: variance and slope vanish together.
         """
-        p, variance, there = self.cells(values)
+        _, variance, there = self.cells(values)
         slopes = self.slopes(values)
         weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
         fisher = slopes.T @ (weights[:, None] * slopes)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from calibration.data import LoopTable, read_table
+from calibration.data import LoopTable, MappingError, read_table
 from experiments.messages import ConfigError, explain
-from experiments.schema import COMMANDS, PARAMETERS, TABLES, Config, Data, Loop, Table
+from experiments.schema import COMMANDS, PARAMETERS, TABLES, Column, Config, Loop, Table
 
 __all__ = [
     "COMMANDS",
@@ -102,7 +102,7 @@ def parse_config(
             raise ConfigError(f"{name}: the table [{table}] is missing, which `iontwin {verb}` needs; add it{option}.")
     if config.data is not None:
         table = os.path.abspath(base / config.data.table)
-        config = config.model_copy(update={"data": Data(table=table)})
+        config = config.model_copy(update={"data": config.data.model_copy(update={"table": table})})
     return config
 
 
@@ -117,18 +117,24 @@ def load_table(config: Config) -> LoopTable:
 
     Raises:
         TableError: the table breaks a rule.
-        ConfigError: the configuration names no table, or one that does not hold what the memory remembers.
+        ConfigError: the configuration names no table, or one that does not hold what is mapped or what the memory
+            remembers.
     """
     if config.data is None:
         raise ConfigError("data.table is missing; name a loop table.")
-    table = read_table(config.data.table)
+    columns = {name: column.model_dump(exclude_none=True) for name, column in config.data.columns.items()}
+    try:
+        table = read_table(config.data.table, columns)
+    except MappingError as error:
+        raise ConfigError(f"data.{error}") from None
     inputs = table.n_x if table.kind == "counts" else table.x
     if config.memory.source == "measured" and table.r_set is None:
         unknown = np.ones(len(table), bool) if inputs is None else np.isnan(inputs)
         if unknown.any():
-            line = table.lines[np.flatnonzero(unknown)[0]] if table.lines is not None else "?"
+            row = int(np.flatnonzero(unknown)[0])
+            place = f"row {row}" if table.lines is None else f"line {table.lines[row]}"
             raise ConfigError(
-                f"{table.name}: line {line} has no measured input and the table no r_set, but memory.source is "
+                f"{table.name}: {place} has no measured input and the table no r_set, but memory.source is "
                 "'measured'; add r_set, or set memory.source to 'model' or 'command'."
             )
     return table
@@ -191,6 +197,8 @@ def describe(verb: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
         For each table its name, its purpose, and a pair (key with default, meaning with unit and range) for each key.
     """
     tables = [(f"[{name}]", TABLES[name]) for name in VERBS[verb]]
+    if verb == "fit":
+        tables.insert(VERBS[verb].index("data") + 1, ("[data.columns.NAME]", Column))
     if verb == "simulate":
         tables.append(("[[simulate.loops]]", Loop))
     if verb == "sweep":
@@ -231,4 +239,6 @@ def json_schema() -> dict[str, Any]:
     pair = tables["Fit"]["properties"]["free"]["additionalProperties"]
     axes = tables["Sweep"]["properties"]["parameters"]
     axes["additionalProperties"] = {"anyOf": [pair, axes["additionalProperties"]]}
+    columns = tables["Data"]["properties"]["columns"]
+    columns["additionalProperties"] = {"anyOf": [{"type": "string"}, columns["additionalProperties"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

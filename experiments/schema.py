@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from calibration.columns import COLUMNS, MappingError, sources_from
 from experiments.messages import Allowed, Refusal, allowed_range, unknown_key
 
 
@@ -110,10 +111,44 @@ class Memory(Table):
     )
 
 
+class Column(Table):
+    """Where the file holds one column of the loop table; NAME = "its name there" for short."""
+
+    name: str | None = Field(None, min_length=1, description='name in the file, such as "datasets/dark_counts_1"')
+    unit: str | None = Field(
+        None,
+        description="unit of the stored numbers: Hz, mHz, kHz, MHz, GHz for offsets, 1 or % for fractions "
+        "(default: the unit that the file states, or ours)",
+    )
+    constant: int | float | str | None = Field(None, description="value of every row, in place of name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+
+def _are_columns(columns: Any) -> Any:
+    """The one check of a mapping, as `read_table` makes it, before the classes look at it."""
+    try:
+        sources_from(columns if isinstance(columns, dict) else None)
+    except MappingError as error:
+        raise Refusal(error.key, error.reason) from None
+    return columns
+
+
 class Data(Table):
     """The recorded loops."""
 
-    table: str = Field(min_length=1, description="path of the loop table (CSV), relative to this file")
+    table: str = Field(
+        min_length=1, description="path of the loop table (CSV, HDF5, NetCDF or Parquet), relative to this file"
+    )
+    columns: Annotated[dict[str, Column], BeforeValidator(_are_columns)] = Field(
+        {},
+        description="where the file holds a column under another name or in another unit: name = 'its name there', or "
+        "a table [data.columns.NAME]",
+        json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
+    )
 
 
 _FREE_DEVICE = (

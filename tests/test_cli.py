@@ -186,7 +186,7 @@ CASES = [  # arguments with names of bad files in braces, parts of the message
     (["fit", "{demo}", "--out", "{out}", "--set", "memory.window_cycles=0"], ["memory.window_cycles is 0"]),
     (["optimize", "{demo}", "--out", "{out}", "--set", "device.separation_s=0"], ["optimize.bounds.separation_s"]),
     (["fit", "{demo}", "--out", "{out}", "--data", "{counts.csv}"], ["line 2, column n_y is 10"]),
-    (["fit", "{demo}", "--out", "{out}", "--data", "{binary.csv}"], ["HDF5", "CSV"]),
+    (["fit", "{demo}", "--out", "{out}", "--data", "{binary.csv}"], ["HDF5", "damaged"]),
     (["fit", "{demo}", "--out", "{out}", "--data", "absent.csv"], ["absent.csv: there is no such file"]),
     (["fit", "{demo}", "--out", "{held}"], ["already holds a run"]),
     (["simulate", "{simulate}", "--out", "{held}"], ["already holds a run"]),

@@ -178,7 +178,7 @@ FILES = [  # content, expected parts of the message
     (GOOD.encode("utf-16-le"), ["null byte"]),
     (GOOD.replace("B,", "ß,").encode("latin-1"), ["line 5", "0xdf", "UTF-8"]),
     (b"PK\x03\x04...", ["spreadsheet", "CSV"]),
-    (b"\x89HDF\r\n", ["HDF5", "CSV"]),
+    (b"\x89HDF\r\n", ["HDF5", "damaged"]),
     (b"\x1f\x8b...", ["gzip", "CSV"]),
     (GOOD.encode() + b"\0", ["line 7", "null byte"]),
     (bytes(range(1, 256)), ["UTF-8"]),
@@ -371,7 +371,7 @@ def test_any_valid_table_survives_the_file(tmp_path, data, rows):
 def test_reading_a_table_does_not_import_jax():
     code = (
         f"import sys; from calibration.data import read_table; read_table({str(DEMO)!r}); "
-        "print(sorted({'jax', 'equinox', 'pandas', 'xarray'} & set(sys.modules)))"
+        "print(sorted({'jax', 'equinox', 'pandas', 'xarray', 'h5py', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DEMO.parents[2])
     assert done.stdout.strip() == "[]"
