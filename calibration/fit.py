@@ -43,6 +43,7 @@ _DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-2)
 _POLISH = _DESCENT._replace(tolerance=1e-5)
 # Rounds of Levenberg-Marquardt that the best few take after the first.
 _LM_ROUNDS = 4
+_EDGE = 1e-9
 # An emulated device whose optimum lies further off than this, in standard errors, is said to.
 _LARGEST_SHIFT = 0.05
 
@@ -238,11 +239,15 @@ class _Search:
     def _descend(self, name: str, points, rounds: int) -> Minimum:
         steps = rounds * least_squares.STEPS
         began = self._begin(name, steps)
-        found = least_squares.descend(self.problem, points, rounds)
+        free = self.problem.free
+        found = least_squares.descend(self.problem, free.bounded(points), rounds)
+        # An edge of the box lies at infinity in unbounded coordinates.
+        share = jnp.clip((found.values - free.low) / free.width, _EDGE, 1 - _EDGE)
+        places = free.unbounded(free.low + share * free.width)
         losses = np.asarray(-found.log_likelihood)
         self._told(name, steps, steps, losses)
         self.seconds[name] = time.perf_counter() - began
-        return Minimum(found.points, jnp.asarray(losses), found.converged, found.steps)
+        return Minimum(places, jnp.asarray(losses), found.converged, found.steps)
 
     def _stage(self, name: str, problem: Problem, points, stage: Stage, **options) -> Minimum:
         began = self._begin(name, stage.iterations)

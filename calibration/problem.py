@@ -156,10 +156,9 @@ class Problem(eqx.Module):
         noise = self.noise_at(values)
         return sum((column.log_likelihood(p, noise) for column, p in self.predicted(values)), jnp.zeros(()))
 
-    def log_density(self, u: Float[Array, " parameters"]) -> Float[Array, ""]:
-        """Log posterior density in unbounded coordinates, up to a constant: uniform prior in the boxes."""
-        jacobian = jnp.sum(jax.nn.log_sigmoid(u) + jax.nn.log_sigmoid(-u))
-        return self.log_likelihood(self.free.bounded(u)) + jacobian
+    def log_density(self, z: Float[Array, " parameters"]) -> Float[Array, ""]:
+        """Log posterior density in the coordinates of `FreeParameters.from_normal`, where the prior is normal."""
+        return self.log_likelihood(self.free.from_normal(z)) - 0.5 * jnp.sum(z**2)
 
     def deviance_residuals(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
         """Residuals whose half sum of squares is the negative log-likelihood up to a constant; plain noise only."""
