@@ -18,13 +18,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from calibration import least_squares, uncertainty
+from calibration import identifiability, least_squares, uncertainty
 from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
+from calibration.identifiability import Degeneracy
 from calibration.likelihood import Prediction
 from calibration.observations import m_estimation
 from calibration.parameters import FreeParameters
-from calibration.problem import Loops, Posed, Problem, pose
+from calibration.problem import Loops, Posed, Problem, informed, pose
 from calibration.uncertainty import Estimate
 from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor
@@ -71,6 +72,8 @@ class FitResult:
         problem: what was asked, for profiles and samples. values: the optimum, in the order of its names.
         emulation: of an emulated device: its error of populations, the points solved, and the largest shift of an
             estimate against the device's own method, in standard errors; empty otherwise.
+        degeneracies: groups of parameters that the data leave open.
+        areas: value and standard error of the area scale of each pulse whose width and Rabi scale are both free.
     """
 
     status: str
@@ -89,6 +92,8 @@ class FitResult:
     history: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     emulation: dict[str, float] = field(default_factory=dict)
+    degeneracies: list[Degeneracy] = field(default_factory=list)
+    areas: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -282,15 +287,6 @@ def _scales(problem: Problem, points: Float[Array, "starts n"]) -> Float[Array, 
 
 
 @eqx.filter_jit
-def _informed(problem: Problem, values: Float[Array, " parameters"]):
-    """Fisher information, slopes of the cells and their model probabilities and weights."""
-    problem = least_squares.forward(problem)
-    p, variance, there = problem.cells(values)
-    weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
-    return problem.information(values), problem.slopes(values), p, weights, problem.residuals(values)
-
-
-@eqx.filter_jit
 def _checked(reference: Problem, values: Float[Array, " parameters"]):
     """What the devices' own method says: predictions of each part, log-likelihood, probabilities of the cells."""
     predictions = [part.data.prediction(reference.device(part, values), reference.own_window(part))
@@ -337,10 +333,10 @@ def _merged(basins: list[Basin], free: FreeParameters, cov: np.ndarray) -> list[
 
 def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[Basin], starts: int) -> FitResult:
     problem, free = posed.problem, posed.problem.free
-    information, slopes, p, weights, residuals = (np.asarray(a) for a in _informed(problem, optimum))
+    at = jax.tree.map(np.asarray, informed(problem, optimum))
     predictions, value, p_own = _checked(posed.reference, optimum)
-    cov = uncertainty.covariance(information, np.asarray(free.width))
-    residuals = residuals[np.isfinite(residuals)]
+    cov = uncertainty.covariance(at.information, np.asarray(free.width))
+    residuals = at.residuals[np.isfinite(at.residuals)]
     notes = list(posed.notes)
     if problem.noise.kind == "student_t":
         cov = cov * m_estimation(residuals)
@@ -350,7 +346,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     std = np.sqrt(np.diag(cov))
     emulation = {}
     if posed.reference is not problem:
-        shift = cov @ (slopes.T @ (weights * (np.asarray(p_own) - p)))
+        shift = cov @ (at.slopes.T @ (at.weights * (np.asarray(p_own) - at.p)))
         largest = float(np.max(np.abs(shift) / std))
         methods = [getattr(part.device, "method", None) for part in problem.parts]
         emulation = {
@@ -363,7 +359,8 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
                          "emulated dynamics are too coarse here; narrow the boxes.")  # fmt: skip
     values = np.asarray(optimum)
     found = uncertainty.estimates(free, values, cov)
-    notes += uncertainty.sentences(free, found, cov)
+    groups = identifiability.degeneracies(problem, values, at.information)
+    notes += identifiability.sentences(free, found, cov, groups)
     for part in problem.parts:
         if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
             notes.append(
@@ -401,6 +398,8 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         problem=problem,
         values=values,
         emulation=emulation,
+        degeneracies=groups,
+        areas=identifiability.areas(problem, values, cov),
     )
 
 

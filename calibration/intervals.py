@@ -187,30 +187,32 @@ def disagreements(
         boxes: prior boxes.
     """
     notes = []
-    for method, found in intervals.items():
-        if method == "laplace":
+    for name, (a, b) in intervals["laplace"].items():
+        others = {m: found[name] for m, found in intervals.items() if m != "laplace" and name in found}
+        apart = {
+            method: (low, high)
+            for method, (low, high) in others.items()
+            if max(abs(a - low), abs(b - high)) > _DISAGREEMENT * 0.25 * ((high - low) + (b - a))
+        }
+        if not apart:
             continue
-        for name, (low, high) in found.items():
-            a, b = intervals["laplace"][name]
-            half = 0.25 * ((high - low) + (b - a))
-            if not half > 0 or max(abs(a - low), abs(b - high)) <= _DISAGREEMENT * half:
-                continue
-            box = boxes[name]
-            edge = min(abs(a - box[0]), abs(b - box[1])) <= 1e-3 * (box[1] - box[0])
-            why = ("its interval is cut off by the prior box, where the parabola behind Laplace's does not hold"
-                   if edge else "the likelihood is no parabola over the interval")  # fmt: skip
-            notes.append(
-                f"`{name}`: {_METHODS[method]} gives [{low:.4g}, {high:.4g}] where Laplace gives [{a:.4g}, {b:.4g}]; "
-                f"{why}. Trust {_METHODS[method]}."
-            )
+        box = boxes[name]
+        edge = min(abs(a - box[0]), abs(b - box[1])) <= 1e-3 * (box[1] - box[0])
+        why = ("it is cut off by the prior box, where the parabola behind it does not hold" if edge
+               else "the likelihood is no parabola over it")  # fmt: skip
+        told = "; ".join(f"{_METHODS[method]} gives [{low:.4g}, {high:.4g}]" for method, (low, high) in apart.items())
+        best = next(method for method in _METHODS if method in apart)
+        notes.append(
+            f"`{name}`: Laplace's interval [{a:.4g}, {b:.4g}] is not to be trusted: {why}. "
+            f"{told[0].upper()}{told[1:]}. Use that of {_METHODS[best]}."
+        )
     return notes
 
 
-_METHODS = {"profile": "the profile likelihood", "posterior": "the posterior", "bootstrap": "the bootstrap"}
+# The one to be trusted first comes first.
+_METHODS = {"posterior": "the posterior", "profile": "the profile likelihood", "bootstrap": "the bootstrap"}
 
 
-def listed(names: Sequence[str], chosen: Sequence[str] | str) -> list[str]:
-    """Parameters chosen for a profile: "all", or names; one without ``@PART`` stands for those of all parts."""
-    if chosen == "all":
-        return list(names)
-    return [name for name in names if name in chosen or name.partition("@")[0] in chosen]
+def chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Parameters wanted for a profile: ["all"], or names; one without ``@PART`` stands for those of all parts."""
+    return [name for name in names if {"all", name, name.partition("@")[0]} & set(wanted)]
