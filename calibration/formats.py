@@ -13,7 +13,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,41 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.nd
     Raises:
         TableError: the file cannot be read or is no such CSV.
     """
+    header, rows, lines, sha256 = read_records(path, "one row a cycle", _check_header)
+    columns = {}
+    for column, *texts in zip(header, *rows, strict=True):
+        if (values := _parse(column, texts, lines, os.fspath(path))) is not None:
+            columns[column] = values
+    return columns, lines, sha256
+
+
+def read_records(
+    path: str | os.PathLike[str], rows_needed: str, check_header: Callable[[list[str], str], Any]
+) -> tuple[list[str], list[list[str]], np.ndarray, str]:
+    """Texts of a CSV file, whatever its table.
+
+    Args:
+        path: CSV file in UTF-8 (a byte-order mark is accepted).
+        rows_needed: what such a table must have, for messages ("one row a cycle").
+        check_header: called with the header and where it stands, before any row is looked at; refuses a wrong one.
+
+    Returns:
+        The header; the fields of each row, as many as the header has; the line of the file each row stands on, shape
+        (rows,); the SHA-256 of the file.
+
+    Raises:
+        TableError: the file cannot be read or is no such CSV.
+    """
     name = os.fspath(path)
     data = _read_bytes(Path(path), name)
-    text = re.split(r"\r\n|\n|\r", _decode(data, name))
+    text = re.split(r"\r\n|\n|\r", _decode(data, name, rows_needed))
     records = [(k, _split(line, k, name)) for k, line in enumerate(text, 1) if line.strip() and line.lstrip()[0] != "#"]
     if not records:
-        raise TableError(f"{name}: the file holds only comments, but a header row and one row a cycle are needed.")
-    header = _check_header(records[0][1], f"{name}: line {records[0][0]} (header)")
+        raise TableError(f"{name}: the file holds only comments, but a header row and {rows_needed} are needed.")
+    header = records[0][1]
+    check_header(header, f"{name}: line {records[0][0]} (header)")
     if len(records) == 1:
-        raise TableError(f"{name}: line {records[0][0]} is a header without rows, but one row a cycle is needed.")
+        raise TableError(f"{name}: line {records[0][0]} is a header without rows, but {rows_needed} is needed.")
     for line, fields in records[1:]:
         if len(fields) != len(header):
             raise TableError(
@@ -75,11 +101,7 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], np.nd
                 "each column (empty if not measured), with a point as decimal mark."
             )
     lines = np.array([line for line, _ in records[1:]])
-    columns = {}
-    for column, *texts in zip(header, *(fields for _, fields in records[1:]), strict=True):
-        if (values := _parse(column, texts, lines, name)) is not None:
-            columns[column] = values
-    return columns, lines, hashlib.sha256(data).hexdigest()
+    return header, [fields for _, fields in records[1:]], lines, hashlib.sha256(data).hexdigest()
 
 
 def to_csv(columns: Mapping[str, np.ndarray]) -> str:
@@ -97,10 +119,14 @@ def cell(column: str, value: Any) -> str:
     """Text of one entry of a column: the shortest that reads back as the same number, empty for NaN."""
     if column == "loop":
         return str(value)
-    number = float(value)
-    if math.isnan(number):
+    return written(float(value), integer=column in _INTEGERS)
+
+
+def written(value: float, *, integer: bool) -> str:
+    """The shortest text that reads back as the same number, empty for NaN."""
+    if math.isnan(value):
         return ""
-    return str(int(number)) if column in _INTEGERS and number.is_integer() else repr(number)
+    return str(int(value)) if integer and float(value).is_integer() else repr(value)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -137,7 +163,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
         raise TableError(f"{name}: the file cannot be read ({reason}); check its path and permissions.") from None
 
 
-def _decode(data: bytes, name: str) -> str:
+def _decode(data: bytes, name: str, rows_needed: str) -> str:
     for mark, what in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise TableError(f"{name}: the file is encoded as {what}; save it as CSV in UTF-8.")
@@ -145,7 +171,7 @@ def _decode(data: bytes, name: str) -> str:
         if data.startswith(mark):
             raise TableError(f"{name}: this is {what}; export the table as CSV in UTF-8.")
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
-        raise TableError(f"{name}: the file is empty, but a header row and one row a cycle are needed.")
+        raise TableError(f"{name}: the file is empty, but a header row and {rows_needed} are needed.")
     if (null := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, null) + 1
         raise TableError(
@@ -169,18 +195,7 @@ def _split(line: str, number: int, name: str) -> list[str]:
 
 
 def _check_header(header: list[str], where: str) -> list[str]:
-    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(header) == 1 and mark in header[0]:
-            raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
-    for column in header:
-        if not column:
-            raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
-        if column not in COLUMNS:
-            close = difflib.get_close_matches(column.lower(), COLUMNS, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"remove it; the columns are {', '.join(COLUMNS)}."
-            raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
-        if header.count(column) > 1:
-            raise TableError(f"{where} has the column {column} {header.count(column)} times; keep one of them.")
+    check_names(header, where, COLUMNS)
     for column in _REQUIRED:
         if column not in header:
             raise TableError(f"{where} lacks the column {column}; add it, every cycle needs {' and '.join(_REQUIRED)}.")
@@ -195,6 +210,22 @@ def _check_header(header: list[str], where: str) -> list[str]:
     return header
 
 
+def check_names(header: list[str], where: str, known: Sequence[str]) -> None:
+    """Refuse a header that is not separated by commas, or names a column twice, not at all or unknown."""
+    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and mark in header[0]:
+            raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
+    for column in header:
+        if not column:
+            raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
+        if column not in known:
+            close = difflib.get_close_matches(column.lower(), known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"remove it; the columns are {', '.join(known)}."
+            raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
+        if header.count(column) > 1:
+            raise TableError(f"{where} has the column {column} {header.count(column)} times; keep one of them.")
+
+
 def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> np.ndarray | None:
     """One column from its texts; None for an optional setting that is empty in every row."""
     empty = [not text for text in texts]
@@ -207,22 +238,25 @@ def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> n
         return np.array(texts)
     missing = 0.0 if column == "shots" else np.nan
     numbers = [
-        _number(text, column, f"{name}: line {line}, column {column} is {text[:40]!r}") if text else missing
+        number(text, column, f"{name}: line {line}, column {column} is {text[:40]!r}") if text else missing
         for text, line in zip(texts, lines, strict=True)
     ]
     return np.array(numbers).astype(np.int64 if column in ("cycle", "shots") else np.float64)
 
 
-def _number(text: str, column: str, where: str) -> float:
+def number(
+    text: str, column: str, where: str, settings: Sequence[str] = SETTINGS, integers: Sequence[str] = _INTEGERS
+) -> float:
+    """The number that a field holds; `settings` and `integers` name the columns that are such."""
     if not _NUMBER.fullmatch(text):
         if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
-            remedy = "a setting must be given" if column in SETTINGS else "leave the cell empty if not measured"
+            remedy = "a setting must be given" if column in settings else "leave the cell empty if not measured"
             raise TableError(f"{where}, which is not a finite number; {remedy}.")
         remedy = "write a point as decimal mark" if _DECIMAL_COMMA.fullmatch(text) else "write a plain number"
         raise TableError(f"{where}, which is not a number; {remedy}.")
-    number = float(text)
-    if column in _INTEGERS and not number.is_integer():
+    value = float(text)
+    if column in integers and not value.is_integer():
         raise TableError(f"{where}, but {column} must be an integer; write the number that was recorded.")
-    if abs(number) > (_LARGEST_INTEGER if column in _INTEGERS else np.finfo(np.float64).max):
+    if abs(value) > (_LARGEST_INTEGER if column in integers else np.finfo(np.float64).max):
         raise TableError(f"{where}, which is too large; check the value.")
-    return number
+    return value
