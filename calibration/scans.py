@@ -39,7 +39,7 @@ class Scan(eqx.Module):
 
     observed: Observations
     parts: tuple[AbstractScan, ...]
-    places: tuple[Int[Array, " some"], ...]
+    places: tuple[Int[Array, "_"], ...]
     kind: str = eqx.field(static=True)
 
     @classmethod
