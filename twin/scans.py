@@ -174,6 +174,9 @@ class RamseyScan(AbstractScan):
     On resonance, with pi/2 pulses short against everything else, the scheme that starts in v gives
     `P_s = (1 + exp(-damping) cos(delta_1 wait + phase)) / 2`. Pulses may overlap.
 
+    A wait takes no steps but for its damping: to 1e-8, one of 10 ms takes 44 in all at a linewidth of 100 Hz and 108 at
+    2 kHz, where one of 0.3 ms takes 40.
+
     Args:
         wait_s: from centre to centre, s, shape (rows,).
         phase_rad: laser phase of the second pulse, rad, shape (rows,) or one number.
