@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -25,7 +25,9 @@ from calibration.identifiability import Degeneracy
 from calibration.likelihood import Prediction
 from calibration.observations import m_estimation
 from calibration.parameters import FreeParameters
-from calibration.problem import Loops, Posed, Problem, informed, pose
+from calibration.posing import Posed, pose
+from calibration.problem import Loops, Problem, informed
+from calibration.scan_tables import ScanTable
 from calibration.uncertainty import Estimate
 from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor
@@ -66,7 +68,8 @@ class FitResult:
     Attributes:
         device: the calibrated device; of the first table where tables have parameters of their own.
         parameters: estimates by name. covariance: in the order of the names.
-        predictions: model probabilities of every row at the optimum, by table; empty if there is no optimum.
+        predictions: model probabilities of every row at the optimum, by table (an array for a scan); empty if there is
+            no optimum.
         basins: ranked, best first. history: per stage, best loss after each chunk of iterations.
         seconds: wall time of each stage.
         problem: what was asked, for profiles and samples. values: the optimum, in the order of its names.
@@ -86,7 +89,7 @@ class FitResult:
     n_free: int
     notes: list[str]
     basins: list[Basin]
-    predictions: dict[str, Prediction]
+    predictions: dict[str, Prediction | Array]
     problem: Problem
     values: np.ndarray
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -102,8 +105,8 @@ class FitResult:
 
     @property
     def prediction(self) -> Prediction | None:
-        """Model probabilities of the first table; None if there is no optimum."""
-        return next(iter(self.predictions.values()), None)
+        """Model probabilities of the first table of loops; None if there is no optimum."""
+        return next((p for p in self.predictions.values() if isinstance(p, Prediction)), None)
 
     @property
     def correlation(self) -> np.ndarray:
@@ -113,7 +116,7 @@ class FitResult:
 
 def fit(
     device: AbstractMemristor,
-    table: LoopTable | Mapping[str, LoopTable],
+    table: LoopTable | Mapping[str, LoopTable | ScanTable],
     free: Mapping[str, tuple[float, float]],
     *,
     optimizer: Literal["adam+lbfgs", "levenberg_marquardt"] = "adam+lbfgs",
@@ -128,7 +131,7 @@ def fit(
 
     Main arguments:
         device: supplies the scheme, the method, and every parameter that is not free.
-        table: recorded loops, or several tables by name.
+        table: recorded loops, or several tables by name, auxiliary scans among them.
         free: prior box (low, high) of each free parameter, by name.
 
     Other arguments:
@@ -289,7 +292,7 @@ def _scales(problem: Problem, points: Float[Array, "starts n"]) -> Float[Array, 
 @eqx.filter_jit
 def _checked(reference: Problem, values: Float[Array, " parameters"]):
     """What the devices' own method says: predictions of each part, log-likelihood, probabilities of the cells."""
-    predictions = [part.data.prediction(reference.device(part, values), reference.own_window(part))
+    predictions: list[Any] = [part.data.prediction(reference.device(part, values), reference.own_window(part))
                    for part in reference.parts]  # fmt: skip
     return predictions, reference.log_likelihood(values), reference.cells(values)[0]
 

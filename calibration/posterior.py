@@ -110,17 +110,19 @@ def sample(
     center, scale = whitened(problem, values)
     groups = math.gcd(chains, multiprocessing.cpu_count())
     keys = jax.random.split(jax.random.key(seed), chains).reshape(groups, -1)
-    begin: Any = partial(_warmed, problem, center, scale, warmup)
-    advance: Any = partial(_advanced, problem, center, scale, min(chunk, draws))
+    warmed: Any = _warmed
+    advanced: Any = _advanced
+    begin = partial(warmed, problem, center, scale, warmup)
+    advance = partial(advanced, problem, center, scale, min(chunk, draws))
     told = on_progress or (lambda what, done, most: None)
     told("warm-up", 0, warmup)
-    _warmed.lower(problem, center, scale, warmup, keys[0]).compile()
+    warmed.lower(problem, center, scale, warmup, keys[0]).compile()
     kept: list[list[Any]] = [[] for _ in range(groups)]
     with ThreadPoolExecutor(groups) as pool:
         walks = list(pool.map(lambda k: jax.block_until_ready(begin(k)), keys))
         told("warm-up", warmup, warmup)
         done = 0
-        _advanced.lower(problem, center, scale, min(chunk, draws), walks[0]).compile()
+        advanced.lower(problem, center, scale, min(chunk, draws), walks[0]).compile()
         while done < draws:
             found = list(pool.map(lambda walk: jax.block_until_ready(advance(walk)), walks))
             walks = [walk for walk, _ in found]
@@ -173,7 +175,7 @@ def _root(problem: Problem, values: Float[Array, " parameters"]) -> Float[Array,
 
 def warm_up(density: Callable, key: PRNGKeyArray, start: Float[Array, " parameters"], steps: int):
     """Adapted state and step size, mass matrix; for use inside jit and vmap."""
-    adaptation = blackjax.window_adaptation(
+    adaptation: Any = blackjax.window_adaptation(
         blackjax.nuts,
         density,
         is_mass_matrix_diagonal=False,

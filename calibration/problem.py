@@ -5,8 +5,8 @@ A table is a part. Parts share every free parameter except those named ``NAME@PA
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
 import jax
@@ -15,14 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from calibration.data import LoopTable
-from calibration.likelihood import Experiment, Prediction, bucketed, measured, predict, replace_observations
+from calibration.likelihood import Experiment, Prediction, measured, predict, replace_observations
 from calibration.observations import Noise, Observations
-from calibration.parameters import FreeParameters, anchored, with_parameters
-from twin.emulator import EmulatedSeries, EmulationError
+from calibration.parameters import FreeParameters, with_parameters
+from calibration.scans import Scan
+from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor
-from twin.memristor import AreaSeries, Automatic, ClosedForm, IonMemristor, Lindblad
-from twin.planning import emulated, forward_mode, planned
+from twin.memristor import ClosedForm, IonMemristor
+from twin.planning import forward_mode
 
 NOISE_PARAMETERS = ("overdispersion",)
 """Free parameters of the noise, not of the device."""
@@ -39,6 +39,10 @@ class Data(Protocol):
         self, device: AbstractMemristor, own_window: bool
     ) -> list[tuple[Observations, Float[Array, " rows"]]]:
         """The measured columns with the probabilities that a device gives them."""
+        ...
+
+    def prediction(self, device: AbstractMemristor, own_window: bool) -> Any:
+        """Everything that a device says about the rows."""
         ...
 
     @property
@@ -95,16 +99,49 @@ class Loops(eqx.Module):
         return Loops(data)
 
 
+class Scanned(eqx.Module):
+    """An auxiliary scan as a part; always solved by the device's full dynamics."""
+
+    scan: Scan
+
+    def predicted(
+        self, device: AbstractMemristor, own_window: bool
+    ) -> list[tuple[Observations, Float[Array, " rows"]]]:
+        return [(self.scan.observed, self.prediction(device, own_window))]
+
+    def prediction(self, device: AbstractMemristor, own_window: bool) -> Float[Array, " rows"]:
+        """Probability of the counted outcome of each row."""
+        del own_window  # a scan has no memory
+        assert isinstance(device, IonMemristor)
+        return self.scan.predict(device)
+
+    @property
+    def observed(self) -> tuple[Observations, ...]:
+        """The one measured column."""
+        return (self.scan.observed,)
+
+    def with_observed(self, values: Sequence[Array]) -> "Scanned":
+        """Other measured numbers."""
+        (value,) = values
+        return Scanned(dataclasses.replace(self.scan, observed=dataclasses.replace(self.scan.observed, value=value)))
+
+    def simulated(self, key: PRNGKeyArray, device: AbstractMemristor, own_window: bool, noise: Noise) -> "Scanned":
+        """The same settings measured on a device."""
+        return self.with_observed([self.scan.observed.sample(key, self.prediction(device, own_window), noise)])
+
+
 class Part(eqx.Module):
     """One table with the device that is to explain it, planned or emulated for the boxes.
 
-    `rows` counts those of the table; arrays may hold filler after them.
+    `rows` counts those of the table; arrays may hold filler after them. Parameters ``NAME@PART`` are this part's if it
+    `shares` those of PART.
     """
 
     name: str = eqx.field(static=True)
     device: AbstractMemristor
     data: Data
     rows: int = eqx.field(static=True)
+    shares: str = eqx.field(static=True)
 
 
 class Problem(eqx.Module):
@@ -130,7 +167,7 @@ class Problem(eqx.Module):
         own = {}
         for name, value in zip(self.names, values, strict=True):
             base, _, place = name.partition("@")
-            if place in ("", part.name) and base not in NOISE_PARAMETERS:
+            if place in ("", part.shares) and base not in NOISE_PARAMETERS:
                 own[base] = value
         return with_parameters(part.device, own)
 
@@ -141,7 +178,7 @@ class Problem(eqx.Module):
 
     def own_window(self, part: Part) -> bool:
         """Whether the device's window, rather than the table's, supplies the transfers of a part."""
-        return bool({"window_cycles", f"window_cycles@{part.name}"} & set(self.names))
+        return bool({"window_cycles", f"window_cycles@{part.shares}"} & set(self.names))
 
     def predicted(self, values: Float[Array, " parameters"]) -> list[tuple[Observations, Float[Array, " rows"]]]:
         """Measured columns of all parts with their model probabilities."""
@@ -180,11 +217,16 @@ class Problem(eqx.Module):
 
     def slopes(self, values: Float[Array, " parameters"]) -> Float[Array, "cells parameters"]:
         """Derivatives of the cells' probabilities."""
-        p = lambda v: self.cells(v)[0]
-        if all(isinstance(getattr(part.device, "method", None), _LOOPLESS) for part in self.parts):
-            return jax.jacfwd(p)(values)
-        # One direction after another: the loop over solver stages is slow under vmap.
-        return lax.map(lambda v: jax.jvp(p, (values,), (v,))[1], jnp.eye(values.size)).T
+
+        def of(part: Part) -> Array:
+            pairs = lambda v: part.data.predicted(self.device(part, v), self.own_window(part))
+            p = lambda v: jnp.concatenate([p for _, p in pairs(v)])
+            if isinstance(getattr(part.device, "method", None), _LOOPLESS):
+                return jax.jacfwd(p)(values)
+            # One direction after another: the loop over solver stages is slow under vmap.
+            return lax.map(lambda v: jax.jvp(p, (values,), (v,))[1], jnp.eye(values.size)).T
+
+        return jnp.concatenate([of(part) for part in self.parts])
 
     def information(self, values: Float[Array, " parameters"]) -> Float[Array, "parameters parameters"]:
         """Expected Fisher information of independent cells with probability p and variance v.
@@ -260,89 +302,3 @@ def informed(problem: Problem, values: Float[Array, " parameters"]) -> Informed:
     p, variance, there = problem.cells(values)
     weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
     return Informed(problem.information(values), problem.slopes(values), p, weights, problem.residuals(values))
-
-
-# ------------------------------------------------------------------------------------------------ posing
-
-# Population error of emulated devices. An estimate moves by less than a thousandth of its standard error for some
-# hundred cells of some hundred shots; every fit checks its optimum against the device's own method.
-EMULATION_ERROR = 1e-6
-
-
-class Posed(NamedTuple):
-    """A problem ready to be solved.
-
-    Attributes:
-        problem: with devices that are cheap to evaluate. reference: the same with the devices' own method; the two are
-            one where nothing is emulated.
-        notes: sentences on what was not done as usual.
-    """
-
-    problem: Problem
-    reference: Problem
-    notes: list[str]
-
-
-def pose(
-    device: AbstractMemristor,
-    tables: LoopTable | Mapping[str, LoopTable],
-    boxes: Mapping[str, tuple[float, float]],
-    *,
-    per_table: Sequence[str] = (),
-    noise: str = "binomial",
-) -> Posed:
-    """The question which parameters of a device make tables most probable, its devices made ready for the boxes.
-
-    Args:
-        device: supplies the scheme, the method, and every parameter that is not free. `Lindblad` devices are emulated
-            (`twin.emulator`) where a polynomial of bearable size serves the boxes, and planned otherwise.
-        tables: one table, or several by name.
-        boxes: (low, high) of each free parameter.
-        per_table: free parameters of which each table has its own, reported as ``NAME@TABLE``.
-        noise: law of the scatter, one of `calibration.observations.NOISES`.
-
-    Raises:
-        ValueError: an unknown parameter, an empty box, a noise parameter under another noise.
-    """
-    named = {"loops": tables} if isinstance(tables, LoopTable) else dict(tables)
-    for name in per_table:
-        if name not in boxes:
-            raise ValueError(f"`{name}` is to differ from table to table, but is not free; give it a box.")
-    free: dict[str, tuple[float, float]] = {}
-    for name, box in boxes.items():
-        free |= {f"{name}@{part}": box for part in named} if name in per_table and len(named) > 1 else {name: box}
-    if "overdispersion" in boxes and noise != "beta_binomial":
-        raise ValueError("`overdispersion` is a parameter of the noise 'beta_binomial' alone; choose it, or fix it.")
-    parameters = FreeParameters.from_boxes(free)
-    of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
-    device = anchored(device)
-    with_parameters(device, {name: 0.5 * (low + high) for name, (low, high) in of_device.items()})
-    offsets = np.concatenate([np.stack([t.detuning_1_set_hz, t.detuning_2_set_hz], axis=1) for t in named.values()])
-    offsets = np.unique(offsets, axis=0)
-    experiments = {name: Experiment.from_table(table, offsets) for name, table in named.items()}
-    settings = next(iter(experiments.values())).settings
-    if isinstance(device, IonMemristor) and isinstance(device.method, Automatic):
-        device = dataclasses.replace(device, method=Lindblad(device.method.error))
-    solves = max(e.solves_of_setting for e in experiments.values())
-    own = planned(device, of_device, detuning_set_hz=settings.largest_hz, solves=solves)
-    fast, notes = own, []
-    if isinstance(device, IonMemristor) and isinstance(device.method, Lindblad | AreaSeries):
-        try:
-            fast = emulated(device, of_device, settings, error=max(EMULATION_ERROR, _finest(device.method)))
-        except EmulationError as error:
-            notes.append(f"The dynamics were integrated anew at every step of the search: {error}")
-    windows = {"window_cycles", *(f"window_cycles@{name}" for name in named)} & set(free)
-    ready = {name: bucketed(own, data, own_window=bool(windows)) for name, data in experiments.items()}
-    problem, reference = (
-        Problem(
-            parameters,
-            tuple(Part(name, twin, Loops(data), len(named[name])) for name, data in ready.items()),
-            Noise(noise),
-        )
-        for twin in (fast, own)
-    )
-    return Posed(problem, reference, notes)
-
-
-def _finest(method: Lindblad | AreaSeries) -> float:
-    return method.error if isinstance(method, Lindblad) else method.finest_error

@@ -17,6 +17,8 @@ from calibration.likelihood import Experiment, Prediction
 from calibration.observations import Observations
 from calibration.parameters import unit_of
 from calibration.posterior import sample
+from calibration.problem import Scanned
+from calibration.scan_tables import ScanTable
 from experiments import report
 from experiments.build import device_from
 from experiments.progress import search_progress, work_progress
@@ -33,12 +35,12 @@ _FIXED = (
 )
 
 
-def run(config: Config, tables: dict[str, LoopTable], out: RunFolder, seed: int) -> dict[str, Any]:
+def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder, seed: int) -> dict[str, Any]:
     """Calibrate the configured device to recorded tables.
 
     Args:
         config: with a table [fit].
-        tables: the recorded loops by name.
+        tables: the recorded loops and scans by name.
         out: the run folder.
         seed: of the starts.
 
@@ -49,7 +51,7 @@ def run(config: Config, tables: dict[str, LoopTable], out: RunFolder, seed: int)
     settings = config.fit
     clock = Stopwatch()
     for table in tables.values():
-        out.log(f"{table.name}: {len(table)} cycles")
+        out.log(f"{table.name}: {len(table)} {'cycles' if isinstance(table, LoopTable) else f'rows ({table.kind})'}")
     out.log(f"{len(settings.free)} free parameters, {settings.starts} starts")
     device = device_from(config)
     with search_progress(out, "log-likelihood") as progress:
@@ -196,14 +198,34 @@ def _parameters(config: Config, found: FitResult) -> dict[str, Any]:
     return rows
 
 
-def _arrays(tables: dict[str, LoopTable], found: FitResult) -> xr.Dataset:
+def _arrays(tables: dict[str, LoopTable | ScanTable], found: FitResult) -> xr.Dataset:
     """Each row of each table: settings, what was measured, and the calibrated twin's probabilities."""
-    parts = [_rows(table, found.predictions[name]) for name, table in tables.items()]
-    if len(parts) > 1:
-        parts = [
-            p.assign(table=("row", np.full(p.sizes["row"], n, object))) for n, p in zip(tables, parts, strict=True)
-        ]
-    return xr.concat(parts, dim="row")
+    loops = {name: _rows(table, p) for (name, table), p in zip(tables.items(), found.predictions.values(), strict=True)
+             if isinstance(table, LoopTable) and isinstance(p, Prediction)}  # fmt: skip
+    if len(loops) > 1:
+        for name, rows in loops.items():
+            loops[name] = rows.assign(table=("row", np.full(rows.sizes["row"], name, object)))
+    scans: dict[str, Any] = {}
+    for part in found.problem.parts:
+        if isinstance(part.data, Scanned):
+            (observed,), p = part.data.observed, np.asarray(found.predictions[part.name])
+            columns = {
+                "measured": np.asarray(observed.estimate()),
+                "error": _standard_errors(observed, p),
+                "p": p,
+                "residual": np.asarray(observed.residual(p)),
+            }
+            scans |= {f"scan_{part.name}_{what}": (f"row_of_{part.name}", one) for what, one in columns.items()}
+            for setting, values in _settings(tables[part.name], len(p)).items():
+                scans[f"scan_{part.name}_{setting}"] = (f"row_of_{part.name}", values)
+    return xr.merge([*([xr.concat(list(loops.values()), dim="row")] if loops else []), xr.Dataset(scans)])
+
+
+def _settings(table: LoopTable | ScanTable, rows: int) -> dict[str, np.ndarray]:
+    """Columns of a scan that were set; a histogram is reduced to its prepared states, which have none."""
+    if isinstance(table, LoopTable) or len(table) != rows or table.kind == "readout":
+        return {}
+    return {name: table[name] for name in table.columns if name not in ("shots", "n", "p", "p_err")}
 
 
 def _rows(table: LoopTable, prediction: Prediction) -> xr.Dataset:

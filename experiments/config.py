@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from calibration.data import LoopTable, MappingError, read_table
+from calibration.scan_tables import ScanTable
 from experiments.messages import ConfigError, explain
 from experiments.schema import COMMANDS, PARAMETERS, TABLES, Column, Config, Loop, Table
 
@@ -103,13 +104,14 @@ def parse_config(
             raise ConfigError(f"{name}: the table [{table}] is missing, which `iontwin {verb}` needs; add it{option}.")
     if config.data is not None:
         place = lambda path: os.path.abspath(base / path)
-        paths = {"table": place(config.data.table), "more": {k: place(v) for k, v in config.data.more.items()}}
+        every = lambda given: {name: place(path) for name, path in given.items()}
+        paths = {"table": place(config.data.table), "more": every(config.data.more), "scans": every(config.data.scans)}
         config = config.model_copy(update={"data": config.data.model_copy(update=paths)})
     return config
 
 
-def load_tables(config: Config) -> dict[str, LoopTable]:
-    """Read the loop tables of a configuration, by name, and check that the configured memory can work with them.
+def load_tables(config: Config) -> dict[str, LoopTable | ScanTable]:
+    """Read the tables of a configuration, by name, and check that the configured memory can work with the loops.
 
     Args:
         config: a configuration with a table [data].
@@ -127,8 +129,10 @@ def load_tables(config: Config) -> dict[str, LoopTable]:
 
 
 def load_table(config: Config) -> LoopTable:
-    """The first of `load_tables`."""
-    return next(iter(load_tables(config).values()))
+    """The first loop table of a configuration; as `load_tables`."""
+    if config.data is None:
+        raise ConfigError("data.table is missing; name a loop table.")
+    return _load(config, config.data.table)
 
 
 def _load(config: Config, path: str) -> LoopTable:

@@ -156,11 +156,17 @@ class Data(Table):
     more: dict[_Label, str] = Field(
         {}, description="further loop tables of the same device, name = 'path', with the same columns"
     )
+    scans: dict[_Label, str] = Field(
+        {}, description="auxiliary scans of the same device, name = 'path' of a CSV file; see docs/scans.md"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Data":
         if self.name in self.more:
             raise Refusal(f"more.{self.name}", "is the name of data.table already; give each table its own name")
+        for name in self.scans:
+            if name in (self.name, *self.more):
+                raise Refusal(f"scans.{name}", "is the name of a loop table already; give each table its own name")
         return self
 
 
@@ -392,6 +398,8 @@ class Config(Table):
             for name in names:
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
+        if self.data and self.data.scans and self.device.platform == "photonic":
+            raise Refusal("data.scans", "are measured on an ion, but device.platform is 'photonic'; remove them")
         for k, name in enumerate(self.uncertainty.profile):
             if self.fit and name != "all" and name not in self.fit.free:
                 raise Refusal(f"uncertainty.profile.{k}", f"is '{name}', which is not free; name a key of fit.free")

@@ -174,7 +174,7 @@ class IonMemristor(AbstractMemristor):
             if self.phonon_nodes == 1:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
-            if isinstance(table, AreaTable):
+            if isinstance(table, AreaTable) and isinstance(method, AreaSeries):
                 response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
             elif isinstance(table, EmulatedTable):
                 response = _from_emulated(table, theta_1, theta_2, now.of_cycle, alone)
