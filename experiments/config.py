@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from calibration.data import LoopTable, MappingError, read_table
-from calibration.scan_tables import ScanTable
+from calibration.scan_tables import ScanTable, read_scan
 from experiments.messages import ConfigError, explain
 from experiments.schema import COMMANDS, PARAMETERS, TABLES, Column, Config, Loop, Table
 
@@ -123,9 +123,9 @@ def load_tables(config: Config) -> dict[str, LoopTable | ScanTable]:
     """
     if config.data is None:
         raise ConfigError("data.table is missing; name a loop table.")
-    return {
-        name: _load(config, path) for name, path in {config.data.name: config.data.table, **config.data.more}.items()
-    }
+    paths = {config.data.name: config.data.table, **config.data.more}
+    loops = {name: _load(config, path) for name, path in paths.items()}
+    return {**loops, **{name: read_scan(path) for name, path in config.data.scans.items()}}
 
 
 def load_table(config: Config) -> LoopTable:
