@@ -231,11 +231,16 @@ def test_a_box_too_large_is_refused(monkeypatch):
 # ------------------------------------------------------------------------------------------------ in a calibration
 
 
+def every_eighth():
+    """Every eighth cycle of each loop of the demo."""
+    table = read_table(DEMO)
+    return tables.pieces(table, np.flatnonzero(table.cycle % 8 == 0))
+
+
 @functools.cache
 def posed():
-    """Every eighth cycle of the demo, under its seven free parameters."""
-    table = read_table(DEMO)
-    return pose(ion(method=Lindblad(1e-9)), tables.pieces(table, np.arange(0, len(table), 8)), DEMO_BOX)
+    """The question of the demo, its seven free parameters, for fewer cycles."""
+    return pose(ion(method=Lindblad(1e-9)), every_eighth(), DEMO_BOX)
 
 
 VALUES = jnp.array([1.02, 0.97, 900.0, -600.0, 500.0, 0.011, 0.018])
@@ -301,8 +306,7 @@ def test_the_emulator_is_made_for_what_a_fit_needs():
 def test_a_fit_without_an_emulator_says_so_and_goes_on(monkeypatch):
     """Boxes that no polynomial serves: the dynamics are integrated at every step of the search, and a note tells."""
     monkeypatch.setattr(emulator, "_LARGEST_TERMS", 20)
-    table = tables.pieces(read_table(DEMO), np.arange(0, len(read_table(DEMO)), 8))
-    found = pose(ion(method=Lindblad(1e-9)), table, DEMO_BOX)
+    found = pose(ion(method=Lindblad(1e-9)), every_eighth(), DEMO_BOX)
     (note,) = found.notes
     assert note.startswith("The dynamics were integrated anew at every step of the search: ")
     assert found.problem is found.reference
