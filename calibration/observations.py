@@ -5,8 +5,6 @@ Three populations read together are two columns: n_y of N shots, and n_m of the 
 the product of the two binomials.
 """
 
-from typing import Literal
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,7 +34,7 @@ class Noise(eqx.Module):
         overdispersion: rho in [0, 1): correlation of the shots of one row, for "beta_binomial".
     """
 
-    kind: Literal["binomial", "beta_binomial", "student_t"] = eqx.field(static=True, default="binomial")
+    kind: str = eqx.field(static=True, default="binomial")
     overdispersion: Float[Array, ""] = physical(default=0.0)
 
     def __check_init__(self):

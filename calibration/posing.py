@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from calibration.data import LoopTable
@@ -73,14 +74,16 @@ def pose(
     parameters = FreeParameters.from_boxes(free)
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
     device = anchored(device)
-    with_parameters(device, {name: 0.5 * (low + high) for name, (low, high) in of_device.items()})
+    with_parameters(device, {name: jnp.asarray(0.5 * (low + high)) for name, (low, high) in of_device.items()})
     if scans and not isinstance(device, IonMemristor):
         raise ValueError(f"scans are measured on an ion, but the device is a {type(device).__name__}; leave them out.")
     if isinstance(device, IonMemristor) and isinstance(device.method, Automatic):
         device = dataclasses.replace(device, method=Lindblad(device.method.error))
-    prepared, fast, notes = {}, device, []
-    own = planned(device, of_device)
-    if loops:
+    prepared: dict[str, Experiment] = {}
+    notes: list[str] = []
+    if not loops:
+        own = fast = planned(device, of_device)
+    else:
         offsets = [np.stack([t.detuning_1_set_hz, t.detuning_2_set_hz], axis=1) for t in loops.values()]
         distinct = np.unique(np.concatenate(offsets), axis=0)
         prepared = {name: Experiment.from_table(table, distinct) for name, table in loops.items()}
@@ -108,7 +111,8 @@ def pose(
             for name, one in data.items()
         )
 
-    problem, reference = (Problem(parameters, parts(twin), Noise(noise)) for twin in (fast, own))
+    reference = Problem(parameters, parts(own), Noise(noise))
+    problem = reference if fast is own else Problem(parameters, parts(fast), Noise(noise))
     return Posed(problem, reference, notes)
 
 

@@ -6,14 +6,14 @@ A table is a part. Parts share every free parameter except those named ``NAME@PA
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from calibration.likelihood import Experiment, Prediction, measured, predict, replace_observations
 from calibration.observations import Noise, Observations
@@ -32,6 +32,7 @@ NOISE_PARAMETERS = ("overdispersion",)
 _LOOPLESS = (EmulatedSeries, ClosedForm, type(None))
 
 
+@runtime_checkable
 class Data(Protocol):
     """What a part holds: settings and measured columns of a table."""
 
@@ -140,7 +141,7 @@ class Part(eqx.Module):
     name: str = eqx.field(static=True)
     device: AbstractMemristor
     data: Data
-    rows: int = eqx.field(static=True)
+    rows: Int[Array, ""] = eqx.field(converter=jnp.asarray)
     shares: str = eqx.field(static=True)
 
 
