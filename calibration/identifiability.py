@@ -78,7 +78,7 @@ def degeneracies(
         names = tuple(free.names[group[k]] for k in members)
         steps = {n: float(axis[k] * width[group[k]]) for n, k in zip(names, members, strict=True)}
         direction = {n: step / steps[names[0]] for n, step in steps.items()}
-        relative = {n: step / values[free.names.index(n)] for n, step in steps.items() if values[free.names.index(n)]}
+        relative = {n: float(step / values[free.names.index(n)]) for n, step in steps.items() if values[free.names.index(n)]}
         sentence = _sentence(names, direction, relative, span, structural)
         found.append(Degeneracy(names, direction, span, structural, sentence))
     return sorted(found, key=lambda one: -one.span)
@@ -192,7 +192,7 @@ def _sentence(
 def _product_stays(changes: Sequence[float | None]) -> bool:
     """Whether the product of two parameters does not change along a direction of these relative changes."""
     known = [change for change in changes if change is not None]
-    return len(known) == 2 and abs(sum(known)) < 0.2 * max(map(abs, known))
+    return len(known) == 2 and bool(abs(sum(known)) < 0.2 * max(map(abs, known)))
 
 
 def sentences(
