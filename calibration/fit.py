@@ -138,7 +138,8 @@ def fit(
         optimizer: one of `OPTIMIZERS`.
         starts: number of starts. sampling: drawn uniformly from the box, or spread over it (Sobol).
         per_table: free parameters of which each table has its own, NAME@TABLE in the result.
-        noise: how counts scatter: "binomial", "beta_binomial" or "student_t" (`calibration.observations.Noise`).
+        noise: how counts scatter: "binomial", "beta_binomial", "outliers" or "student_t"
+            (`calibration.observations.Noise`).
         seed: of the starts.
         on_progress: called as (stage, iterations done, most iterations, best log-likelihood so far).
 
@@ -294,6 +295,11 @@ def _scales(problem: Problem, points: Float[Array, "starts n"]) -> Float[Array, 
 
 
 @eqx.filter_jit
+def _inliers(problem: Problem, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
+    return problem.inliers(values)
+
+
+@eqx.filter_jit
 def _checked(reference: Problem, values: Float[Array, " parameters"]):
     """What the devices' own method says: predictions of each table, log-likelihood, probabilities of the cells."""
     predictions = {
@@ -352,6 +358,12 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         far = int(np.sum(np.abs(residuals) > 4))
         notes.append(f"{far} of {len(residuals)} cells lie more than four standard errors from the model; the t-law "
                      "gives them little weight.")  # fmt: skip
+    if problem.noise.kind == "outliers":
+        inliers = np.asarray(_inliers(problem, optimum))[np.isfinite(at.residuals)]
+        # Cells that may be outliers inform that much less.
+        cov = cov / np.mean(inliers)
+        notes.append(f"{int(np.sum(inliers < 0.5))} of {len(inliers)} cells are more likely outliers than not.")
+        residuals = residuals[inliers > 0.5]
     std = np.sqrt(np.diag(cov))
     emulation = {}
     if posed.reference is not problem:

@@ -78,7 +78,9 @@ def degeneracies(
         names = tuple(free.names[group[k]] for k in members)
         steps = {n: float(axis[k] * width[group[k]]) for n, k in zip(names, members, strict=True)}
         direction = {n: step / steps[names[0]] for n, step in steps.items()}
-        relative = {n: float(step / values[free.names.index(n)]) for n, step in steps.items() if values[free.names.index(n)]}
+        relative = {
+            n: float(step / values[free.names.index(n)]) for n, step in steps.items() if values[free.names.index(n)]
+        }
         sentence = _sentence(names, direction, relative, span, structural)
         found.append(Degeneracy(names, direction, span, structural, sentence))
     return sorted(found, key=lambda one: -one.span)

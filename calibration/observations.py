@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from twin.batching import physical
 from twin.readout import sample_counts
 
-NOISES = ("binomial", "beta_binomial", "student_t")
+NOISES = ("binomial", "beta_binomial", "outliers", "student_t")
 # Student's t with four degrees of freedom: an outlier of ten standard errors costs 9 nats instead of 50.
 _FREEDOM = 4.0
 # Below this overdispersion the beta-binomial law is the binomial one to rounding.
@@ -30,12 +30,16 @@ class Noise(eqx.Module):
     Args:
         kind: "binomial": quantum projection noise for counts, a Gaussian of the given error for values.
             "beta_binomial": the probability itself fluctuates from row to row, with variance rho p (1 - p).
-            "student_t": outliers; t of four degrees of freedom in the standardized residual.
+            "outliers": a share of the cells is anything at all, uniform over the counts (over [-1/2, 3/2] for values).
+            "student_t": t of four degrees of freedom in the standardized residual; for values, and for counts that are
+            not small, whose scatter is symmetric.
         overdispersion: rho in [0, 1): correlation of the shots of one row, for "beta_binomial".
+        outlier_share: of the cells, in [0, 1), for "outliers".
     """
 
     kind: str = eqx.field(static=True, default="binomial")
     overdispersion: Float[Array, ""] = physical(default=0.0)
+    outlier_share: Float[Array, ""] = physical(default=0.02)
 
     def __check_init__(self):
         if self.kind not in NOISES:
@@ -81,7 +85,19 @@ class Observations(eqx.Module):
                 rho = noise.overdispersion
                 wide = rho > _LEAST_DISPERSION
                 terms = jnp.where(wide, choose + _beta_binomial(value, scale, p, jnp.where(wide, rho, 0.5)), terms)
+        if noise.kind == "outliers":
+            terms = jnp.logaddexp(jnp.log1p(-noise.outlier_share) + terms, self._anything(noise))
         return jnp.where(self.measured, terms, 0.0)
+
+    def inliers(self, p: Float[Array, " rows"], noise: Noise) -> Float[Array, " rows"]:
+        """Probability that a cell is no outlier, under "outliers"; 1 where not measured."""
+        outlier = jnp.exp(self._anything(noise) - self.terms(p, noise))
+        return jnp.where(self.measured, 1 - outlier, 1.0)
+
+    def _anything(self, noise: Noise) -> Float[Array, " rows"]:
+        """Log probability of an outlier of this very number."""
+        width = self._filled()[1] + 1 if self.counted else 2.0
+        return jnp.log(noise.outlier_share) - jnp.log(width + jnp.zeros_like(self.value))
 
     def variance(self, p: Float[Array, " rows"], noise: Noise | None = None) -> Float[Array, " rows"]:
         """Variance of the estimate of p in each cell; outliers not included."""

@@ -69,8 +69,9 @@ def pose(
     free: dict[str, tuple[float, float]] = {}
     for name, box in boxes.items():
         free |= {f"{name}@{part}": box for part in loops} if name in per_table and len(loops) > 1 else {name: box}
-    if "overdispersion" in boxes and noise != "beta_binomial":
-        raise ValueError("`overdispersion` is a parameter of the noise 'beta_binomial' alone; choose it, or fix it.")
+    for name, law in (("overdispersion", "beta_binomial"), ("outlier_share", "outliers")):
+        if name in boxes and noise != law:
+            raise ValueError(f"`{name}` is a parameter of the noise '{law}' alone; choose it, or fix the parameter.")
     parameters = FreeParameters.from_boxes(free)
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
     device = anchored(device)

@@ -28,7 +28,7 @@ from calibration.problem import Problem
 _DOUBLINGS = 8
 _ACCEPTANCE = 0.85
 # Centre and scales are taken no closer to an edge of the box than this share, where these coordinates run away.
-_INSIDE = 0.01
+INSIDE = 0.01
 RHAT = 1.01
 """Chains agree when the potential scale reduction is below this (Vehtari et al. 2021)."""
 
@@ -157,13 +157,14 @@ def whitened(
 ) -> tuple[Float[Array, " parameters"], Float[Array, "parameters parameters"]]:
     """Centre, and inverse root of the information, in the sampler's coordinates, near an optimum."""
     free = problem.free
-    share = jnp.clip((jnp.asarray(values) - free.low) / free.width, _INSIDE, 1 - _INSIDE)
+    share = jnp.clip((jnp.asarray(values) - free.low) / free.width, INSIDE, 1 - INSIDE)
     inside = free.low + share * free.width
-    return free.to_normal(inside), _root(problem, inside)
+    return free.to_normal(inside), root(problem, inside)
 
 
 @eqx.filter_jit
-def _root(problem: Problem, values: Float[Array, " parameters"]) -> Float[Array, "parameters parameters"]:
+def root(problem: Problem, values: Float[Array, " parameters"]) -> Float[Array, "parameters parameters"]:
+    """Inverse root of the information plus that of the prior, in the coordinates of `FreeParameters.from_normal`."""
     problem = forward(problem)
     free = problem.free
     slopes = free.width * jax.scipy.stats.norm.pdf(free.to_normal(values))
@@ -200,13 +201,14 @@ def walk(density: Callable, key: PRNGKeyArray, state, parameters, draws: int):
     return jax.lax.scan(one, state, jax.random.split(key, draws))
 
 
-def _density(problem: Problem, center, scale):
+def density_of(problem: Problem, center, scale):
+    """Log posterior density in whitened coordinates."""
     return lambda z: problem.log_density(center + scale @ z)
 
 
 @eqx.filter_jit
 def _warmed(problem: Problem, center, scale, steps: int, keys) -> _Walk:
-    density = _density(problem, center, scale)
+    density = density_of(problem, center, scale)
 
     def one(key):
         start, run, later = jax.random.split(key, 3)
@@ -219,7 +221,7 @@ def _warmed(problem: Problem, center, scale, steps: int, keys) -> _Walk:
 
 @eqx.filter_jit
 def _advanced(problem: Problem, center, scale, draws: int, walks: _Walk):
-    density = _density(problem, center, scale)
+    density = density_of(problem, center, scale)
 
     def one(chain: _Walk):
         now, later = jax.random.split(chain.key)

@@ -24,7 +24,7 @@ from twin.loop import AbstractMemristor
 from twin.memristor import ClosedForm, IonMemristor
 from twin.planning import forward_mode
 
-NOISE_PARAMETERS = ("overdispersion",)
+NOISE_PARAMETERS = ("overdispersion", "outlier_share")
 """Free parameters of the noise, not of the device."""
 
 
@@ -211,6 +211,11 @@ class Problem(eqx.Module):
         variance = jnp.concatenate([column.variance(p, noise) for column, p in pairs])
         return p, variance, jnp.concatenate([column.measured for column, _ in pairs])
 
+    def inliers(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
+        """Probability of each cell to be no outlier, under that noise; 1 where not measured."""
+        noise = self.noise_at(values)
+        return jnp.concatenate([column.inliers(p, noise) for column, p in self.predicted(values)])
+
     def residuals(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
         """Standardized residuals; NaN where not measured."""
         noise = self.noise_at(values)
@@ -232,7 +237,8 @@ class Problem(eqx.Module):
     def information(self, values: Float[Array, " parameters"]) -> Float[Array, "parameters parameters"]:
         """Expected Fisher information of independent cells with probability p and variance v.
 
-            F = sum (dp/dtheta)(dp/dtheta)^T / v,   plus (dv/drho)^2 / 2 v^2 for an overdispersion rho
+            F = sum (dp/dtheta)(dp/dtheta)^T / v,   plus (dv/drho)^2 / 2 v^2 for an overdispersion rho,
+            plus cells / (s (1 - s)) for an outlier share s
 
         Cells whose probability is exactly 0 or 1 carry no weight: variance and slope vanish together.
         """
@@ -241,7 +247,11 @@ class Problem(eqx.Module):
         weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
         fisher = slopes.T @ (weights[:, None] * slopes)
         for k, name in enumerate(self.names):
-            if name in NOISE_PARAMETERS:
+            if name == "outlier_share":
+                # A count of outliers among the cells that are there.
+                share = values[k]
+                fisher = fisher.at[k, k].add(jnp.sum(there) / (share * (1 - share)))
+            if name == "overdispersion":
                 direction = jnp.zeros_like(values).at[k].set(1.0)
                 change = jax.jvp(lambda v: self.cells(v)[1], (values,), (direction,))[1]
                 fisher = fisher.at[k, k].add(0.5 * jnp.sum((weights * change) ** 2))

@@ -126,6 +126,25 @@ def fit(
 
 @cli.command(cls=SchemaCommand)
 @_config
+@_out
+@_replace
+@_seed
+@_set
+@_json
+def coverage(config: Path, out: Path, replace: bool, seed: int | None, sets: Sequence[str], as_json: bool) -> None:
+    """Simulate and fit many tables, and count how often 95 % intervals hold the truth; killed, it goes on."""
+    from experiments.config import load_config
+
+    resolved = load_config(config, verb="coverage", sets=sets, seed=seed)
+    with _run_folder(out, replace, resolved.to_toml()) as folder:
+        result = _pipeline("coverage", "run", resolved, folder, resolved.seed_of("coverage"))
+    if not as_json:
+        click.echo(_pipeline("coverage", "table", result))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command(cls=SchemaCommand)
+@_config
 @click.option("--from", "fit_run", type=click.Path(path_type=Path), metavar="RUN", help="Fit whose device is used.")
 @_out
 @_replace

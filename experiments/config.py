@@ -37,6 +37,7 @@ __all__ = [
 VERBS: dict[str, tuple[str, ...]] = {
     "simulate": ("device", "memory", "simulate"),
     "fit": ("device", "memory", "data", "fit", "uncertainty"),
+    "coverage": ("device", "memory", "fit", "simulate", "coverage"),
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
 }
@@ -214,7 +215,7 @@ def describe(verb: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
     tables = [(f"[{name}]", TABLES[name]) for name in VERBS[verb]]
     if verb == "fit":
         tables.insert(VERBS[verb].index("data") + 1, ("[data.columns.NAME]", Column))
-    if verb == "simulate":
+    if verb in ("simulate", "coverage"):
         tables.append(("[[simulate.loops]]", Loop))
     if verb == "sweep":
         tables.append(("[sweep.loop]", Loop))

@@ -182,7 +182,11 @@ PARAMETERS: dict[str, Allowed] = {
 }
 """Parameters of the ion memristor that a fit may free and a sweep may vary, with their ranges."""
 
-FREE: dict[str, Allowed] = {**PARAMETERS, "overdispersion": Allowed(0.0, 0.5, "")}
+FREE: dict[str, Allowed] = {
+    **PARAMETERS,
+    "overdispersion": Allowed(0.0, 0.5, ""),
+    "outlier_share": Allowed(0.0, 0.5, ""),
+}
 """What a fit may free: parameters of the device, and of the noise."""
 
 COMMANDS: dict[str, Allowed] = {
@@ -261,10 +265,10 @@ class Fit(Table):
     per_table: list[str] = Field(
         [], description="free parameters of which each loop table has its own, NAME@TABLE in the result"
     )
-    noise: Literal["binomial", "beta_binomial", "student_t"] = Field(
+    noise: Literal["binomial", "beta_binomial", "outliers", "student_t"] = Field(
         "binomial",
         description="scatter of the data: projection noise (Gaussian for values), probabilities that fluctuate from "
-        "row to row (free `overdispersion`), or outliers",
+        "row to row (free `overdispersion`), a share of arbitrary cells (`outlier_share`), or heavy tails",
     )
     optimizer: Literal["adam+lbfgs", "levenberg_marquardt"] = Field(
         "adam+lbfgs", description="search: Adam then L-BFGS for any noise, or Levenberg-Marquardt for binomial"
@@ -278,9 +282,10 @@ class Fit(Table):
         for k, name in enumerate(self.per_table):
             if name not in self.free:
                 raise Refusal(f"per_table.{k}", f"is '{name}', which is not free; give it a box in fit.free")
-        if "overdispersion" in self.free and self.noise != "beta_binomial":
-            raise Refusal("free.overdispersion", f"has no meaning for fit.noise = '{self.noise}'; "
-                          "choose noise = 'beta_binomial', or remove it")  # fmt: skip
+        for name, law in (("overdispersion", "beta_binomial"), ("outlier_share", "outliers")):
+            if name in self.free and self.noise != law:
+                reason = f"has no meaning for fit.noise = '{self.noise}'; choose noise = '{law}', or remove it"
+                raise Refusal(f"free.{name}", reason)
         if self.optimizer == "levenberg_marquardt" and self.noise != "binomial":
             raise Refusal("optimizer", f"is 'levenberg_marquardt', which cannot serve noise = '{self.noise}'; "
                           "choose 'adam+lbfgs'")  # fmt: skip
@@ -297,6 +302,15 @@ class Uncertainty(Table):
     warmup: int = _number(600, 100, 100_000, "", "steps of each chain that adapt the sampler")
     bootstrap: int = _number(0, 0, 100_000, "", "refits of simulated tables (parametric bootstrap)")
     seed: int = _number(0, 0, _SEED, "", "seed of draws and simulated tables")
+
+
+class Coverage(Table):
+    """Simulation-based calibration of intervals; the truth is [device], the design [simulate]."""
+
+    tables: int = _number(2000, 0, 1_000_000, "", "tables simulated at the truth, for Laplace and profile intervals")
+    profile: bool = Field(True, description="whether likelihoods are profiled as well")
+    ranks: int = _number(0, 0, 100_000, "", "tables whose truth is drawn from the prior, for ranks of the posterior")
+    seed: int = _number(0, 0, _SEED, "", "seed of all counts")
 
 
 class Loop(Table):
@@ -385,6 +399,7 @@ class Config(Table):
     data: Data | None = Field(None, description="the recorded loops")
     fit: Fit | None = Field(None, description="calibration")
     uncertainty: Uncertainty = Field(Uncertainty(), description="intervals beyond the Fisher matrix")
+    coverage: Coverage | None = Field(None, description="calibration of intervals")
     simulate: Simulate | None = Field(None, description="loops to run")
     optimize: Optimize | None = Field(None, description="pulse design")
     sweep: Sweep | None = Field(None, description="batches")
@@ -423,6 +438,7 @@ class Config(Table):
             "readout_error_dark",
             "window_cycles",
             "overdispersion",
+            "outlier_share",
         ):
             return "has no meaning for device.platform = 'photonic'; remove it"
         two = self.device.laser_linewidth_hz is None
@@ -449,6 +465,7 @@ TABLES: dict[str, type[Table]] = {
     "data": Data,
     "fit": Fit,
     "uncertainty": Uncertainty,
+    "coverage": Coverage,
     "simulate": Simulate,
     "optimize": Optimize,
     "sweep": Sweep,
