@@ -6,8 +6,7 @@
     saturation           counts pile at a ceiling or floor that the twin does not predict
 
 The first is read off the settings. The others are compared by likelihood, each side with the parameters it likes best,
-and only where the table as it stands fits badly whatever the parameters: a drift is explained by parameters and never
-comes so far. A kind is named if it gains more than `MUCH_BETTER` nats and takes away most of the misfit.
+and only where the table fits badly or would raise an alarm. A drift is explained by parameters and gains nothing. A kind is named if it gains more than `MUCH_BETTER` nats and takes away most of the misfit.
 """
 
 import dataclasses
@@ -26,8 +25,8 @@ MUCH_BETTER = 25.0
 """Nats by which another reading of the table must explain it better."""
 UNEXPLAINED = 10.0
 """Excess of chi-squared above which a table is bad although nothing is known that explains it."""
-# The share of the excess that the right kind must take away.
-_TAKEN_AWAY = 0.6
+# The share of the misfit that the right kind may leave.
+_LEFT = 0.4
 # A gap is missing data when it is longer than this share of a period.
 _GAP = 0.25
 # Ties at one value that make a ceiling or floor; values closer than this share of the range are tied.
@@ -243,8 +242,8 @@ def explain(table: LoopTable, look: Look, starts: tuple[np.ndarray, ...], best: 
             at, then = refit(look, start, prior, reading.reading)
             # The same cells, as they stand and as they are read.
             gain = float(np.sum(then.terms) - np.sum(best.only(then.there).terms)) + reading.gain(look(at), best)
-            taken = 1 - max(then.misfit, 0.0) / max(best.misfit, 1e-9) if np.isfinite(best.misfit) else 1.0
-            if gain > MUCH_BETTER and taken > _TAKEN_AWAY:
+            settled = not then.misfit > max(SUSPICIOUS, _LEFT * best.misfit)
+            if gain > MUCH_BETTER and settled:
                 found.append((gain, f"{reading.said} (better by {gain:.0f} nats)"))
     if found:
         return max(found)[1]
@@ -280,7 +279,7 @@ def _slipped(table: LoopTable, cells: Cells) -> _Reading | None:
     every = list(range(cells.columns))
     for k in [s * d for d in range(1, max(reach) // 2 + 1) for s in (1, -1)]:
         of_row = np.arange(len(table))
-        total, first = 0.0, None
+        first = None
         for label in table.labels:
             rows = table.rows(label)
             place = {int(c): int(r) for c, r in zip(table.cycle[rows], rows, strict=True)}
@@ -293,11 +292,14 @@ def _slipped(table: LoopTable, cells: Cells) -> _Reading | None:
             rest = np.cumsum(gains[rows][::-1])[::-1]
             begin = int(np.argmax(rest))
             if rest[begin] > MUCH_BETTER / 2:
-                total += float(rest[begin])
                 keep[rows[begin:]] = of_row[rows[begin:]]
                 first = first or (label, int(table.cycle[rows[begin]]))
-        if first and (best is None or total > best[0]):
-            best = (total, k, keep, *first)
+        if first is None:
+            continue
+        # What is left unexplained decides, not the gain: cells at the edge, without a partner, gain nothing.
+        left = cells.read_as(_spread(cells, keep, every)).misfit
+        if best is None or left < best[0]:
+            best = (left, k, keep, *first)
     if best is None:
         return None
     _, k, keep, label, cycle = best
@@ -345,30 +347,34 @@ def _other_branch(x_set: np.ndarray) -> np.ndarray | None:
 
 def _saturated(table: LoopTable, cells: Cells) -> _Reading | None:
     """Cells tied at the largest or smallest value, read as "at least" and "at most" it."""
+    share = np.where(cells.counted, cells.value / cells.scale, cells.value)
     best: tuple[float, _Reading] | None = None
     for sign in (1, -1):
-        for column in range(cells.columns):
-            inside = np.zeros(len(cells.p), bool)
-            n = _rows(cells)
-            inside[column * n : column * n + len(table)] = True
-            inside &= cells.there
+        every, parts = np.zeros(len(cells.p), bool), []
+        for column, name in enumerate(_names(table)):
+            inside = cells.there & (np.arange(len(cells.p)) // _rows(cells) == column)
             if not np.any(inside):
                 continue
-            share = np.where(cells.counted, cells.value / cells.scale, cells.value)
             level = float(np.max(sign * share[inside]) * sign)
             tied = inside & (share == level)
-            if np.sum(tied) < _LEAST_TIES or (level in (0.0, 1.0) and np.any(cells.counted)):
-                continue
-
-            def gain(then: Cells, plain: Cells, tied=tied, sign=sign) -> float:
-                return _censored(then, tied, sign) - float(np.sum((plain.terms + _constant(plain))[tied]))
-
-            gained = gain(cells, cells)
-            if best is None or gained > best[0]:
-                said = (f"of saturation: {int(np.sum(tied))} cells of {_names(table)[column]} stand at the "
-                        f"{'ceiling' if sign > 0 else 'floor'} {level:.3g}")  # fmt: skip
-                best = (gained, _Reading(said, lambda c, t=tied: c.only(~t), gain))
+            # All or none of the shots is where counts end anyway.
+            ends = level in (0.0, 1.0) and bool(np.any(cells.counted))
+            if np.sum(tied) >= _LEAST_TIES and not ends and _gain_of_censoring(cells, cells, tied, sign) > 0:
+                every |= tied
+                parts.append(f"{int(np.sum(tied))} cells of {name} at {level:.3g}")
+        if not parts:
+            continue
+        gained = _gain_of_censoring(cells, cells, every, sign)
+        if best is None or gained > best[0]:
+            said = f"of saturation: counts pile at a {'ceiling' if sign > 0 else 'floor'}, {' and '.join(parts)}"
+            compare = lambda then, plain, t=every, s=sign: _gain_of_censoring(then, plain, t, s)
+            best = (gained, _Reading(said, lambda c, t=every: c.only(~t), compare))
     return best[1] if best else None
+
+
+def _gain_of_censoring(then: Cells, plain: Cells, tied: np.ndarray, sign: int) -> float:
+    """Nats gained by reading tied cells as having reached a level or passed it, against as they stand."""
+    return _censored(then, tied, sign) - float(np.sum((plain.terms + _constant(plain))[tied]))
 
 
 def _names(table: LoopTable) -> list[str]:

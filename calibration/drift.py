@@ -44,7 +44,7 @@ _STREAMS, _LOOPS = 600, 250
 _WALK, _WALK_AFTER_ALARM = 0.1, 1.0
 # The twin is evaluated this far inside its boxes, in shares of them.
 _INSIDE = 1e-3
-_ITERATIONS = 3
+_ITERATIONS, _SETTLED = 5, 0.02
 # A change of one parameter leaves less than this unexplained, or others are named beside it (p-value).
 _REST = 1e-3
 
@@ -153,25 +153,26 @@ class Tracker:
         """The same for a problem that is posed; `table` has its settings, by which bad data are recognized."""
         self.loops += 1
         look = lambda values: _look(problem, values, self._low, self._high)
-        cells = look(self.mean)
-        misfit = cells.misfit
-        if not misfit < bad_data.SUSPICIOUS:
-            # Before data are called bad, the parameters may take any values: a drift explains its own misfit.
-            free, best = bad_data.refit(look, self.mean, np.diag(12 / self.reference.width**2))
-            misfit = best.misfit
-            if not misfit < bad_data.SUSPICIOUS and (why := bad_data.explain(table, look, (self.mean, free), best)):
-                return self._bad(why, misfit)
+        misfit, change = look(self.mean).misfit, None
         at_reference = look(self.reference.mean)
         information = at_reference.information
         # A reference at the edge of its box is linearized just inside of it.
         score = at_reference.score + information @ (at_reference.values - self.reference.mean)
         self._learn_scale(information)
-        alarmed, change = self.alarm is not None, None
+        alarmed = self.alarm is not None
         self.history.append((self.loops, information, score))
         if not alarmed:
             change = self._largest_change()
-            if change.statistic > self.threshold:
-                self._raise(change)
+        alarming = change is not None and change.statistic > self.threshold
+        if alarming or not misfit < bad_data.SUSPICIOUS:
+            # Before data are called bad, the parameters may take any values: a drift explains its own misfit.
+            free, best = bad_data.refit(look, self.mean, np.diag(12 / self.reference.width**2))
+            misfit = best.misfit
+            if why := bad_data.explain(table, look, (self.mean, free), best):
+                self.history.pop()
+                return self._bad(why, misfit)
+        if alarming:
+            self._raise(change)
         self._forget()
         self._filter(look, jump=self.alarm is not None and not alarmed)
         own = np.linalg.solve(information + np.diag(12 / self.reference.width**2), score)
@@ -204,9 +205,11 @@ class Tracker:
         information = np.linalg.inv(prior)
         mean = self.mean
         for _ in range(_ITERATIONS):
-            cells = look(mean)
+            before, cells = mean, look(mean)
             posterior = information + cells.information
             mean = np.linalg.solve(posterior, information @ self.mean + cells.information @ cells.values + cells.score)
+            if np.all(np.abs(mean - before) < _SETTLED * self.scale):
+                break
         self.mean, self.covariance = mean, np.linalg.inv(posterior)
 
     def _learn_scale(self, information: np.ndarray) -> None:
