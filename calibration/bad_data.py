@@ -6,18 +6,22 @@
     saturation           counts pile at a ceiling or floor that the twin does not predict
 
 The first is read off the settings. The others are compared by likelihood, each side with the parameters it likes best,
-and only where the table fits badly or would raise an alarm. A drift is explained by parameters and gains nothing. A kind is named if it gains more than `MUCH_BETTER` nats and takes away most of the misfit.
+and only where the table fits badly or would raise an alarm. A drift is explained by parameters and gains nothing. A
+kind is named if it gains more than `MUCH_BETTER` nats and takes away most of the misfit.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import equinox as eqx
 import numpy as np
 from scipy.special import gammaln
 from scipy.stats import binom, norm
 
+from calibration import least_squares
 from calibration.data import LoopTable
+from calibration.problem import Problem
 
 SUSPICIOUS = 5.0
 """Excess of chi-squared, in standard deviations, above which a table is looked at closely."""
@@ -104,7 +108,9 @@ class Cells:
         # The variance belongs to the shots of the cell itself.
         p = self.p[take]
         variance = np.where(self.counted, p * (1 - p) / self.scale, self.variance)
-        return dataclasses.replace(self, p=p, slopes=self.slopes[take], variance=variance, there=self.there & (rows >= 0))
+        return dataclasses.replace(
+            self, p=p, slopes=self.slopes[take], variance=variance, there=self.there & (rows >= 0)
+        )
 
     def only(self, which: np.ndarray) -> "Cells":
         """Some of the cells."""
@@ -112,6 +118,24 @@ class Cells:
 
 
 Look = Callable[[np.ndarray], Cells]
+
+
+@eqx.filter_jit
+def evaluated(problem: Problem, values):
+    """Probability, variance, presence and slopes of the cells, and what was measured; compiled once for a stream."""
+    problem = least_squares.forward(problem)
+    p, variance, there = problem.cells(values)
+    columns = [column for part in problem.parts for column in part.data.observed]
+    return p, variance, there, problem.slopes(values), [(c.value, c.scale) for c in columns]
+
+
+def look(problem: Problem, values: np.ndarray) -> Cells:
+    """The cells of a problem at some values inside its boxes."""
+    p, variance, there, slopes, columns = evaluated(problem, values)
+    counted = np.concatenate([np.full(len(c.value), c.counted) for part in problem.parts for c in part.data.observed])
+    value, scale = (np.concatenate([np.asarray(pair[k]) for pair in columns]) for k in (0, 1))
+    return Cells(np.asarray(values), np.asarray(p), np.asarray(variance), np.asarray(slopes), np.asarray(there), value,
+                 scale, counted, len(columns))  # fmt: skip
 
 
 def refit(

@@ -24,12 +24,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import numpy as np
 from scipy.stats import chi2, norm
 
-from calibration import bad_data, least_squares
-from calibration.bad_data import Cells
+from calibration import bad_data
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, bucketed
 from calibration.parameters import unit_of
@@ -152,7 +150,7 @@ class Tracker:
     def take(self, problem: Problem, table: LoopTable) -> Step:
         """The same for a problem that is posed; `table` has its settings, by which bad data are recognized."""
         self.loops += 1
-        look = lambda values: _look(problem, values, self._low, self._high)
+        look = lambda values: bad_data.look(problem, np.minimum(np.maximum(values, self._low), self._high))
         misfit, change = look(self.mean).misfit, None
         at_reference = look(self.reference.mean)
         information = at_reference.information
@@ -294,9 +292,10 @@ class Tracker:
     def _said(self) -> tuple[float, str]:
         assert self.alarm is not None
         moved, errors, members = self._moved()
+        names, mean = self.reference.names, self.reference.mean
         parts = [
-            f"`{self.reference.names[k]}` has moved by {_amount(self.reference.names[k], moved[k], self.reference.mean[k])}"
-            f" ({abs(moved[k]) / errors[k]:.1f} standard errors)"
+            f"`{names[k]}` has moved by {_amount(names[k], moved[k], mean[k])} "
+            f"({abs(moved[k]) / errors[k]:.1f} standard errors)"
             for k in members
         ]
         largest = max(abs(moved[k]) / errors[k] for k in members)
@@ -310,7 +309,12 @@ class Tracker:
 
     def state(self) -> dict[str, Any]:
         """Everything a later `resumed` needs, as numbers and lists."""
-        plain = lambda v: v.tolist() if isinstance(v, np.ndarray) else [plain(e) for e in v] if isinstance(v, list | tuple) else v  # noqa: E501
+
+        def plain(value):
+            if isinstance(value, list | tuple):
+                return [plain(entry) for entry in value]
+            return value.tolist() if isinstance(value, np.ndarray) else value
+
         alarm = None if self.alarm is None else {key: plain(value) for key, value in self.alarm.items()}
         return {
             "names": list(self.reference.names), "reference": plain(self.reference.mean), "loops": self.loops,
@@ -340,24 +344,6 @@ class Tracker:
             older=None if state["older"] is None else pair(state["older"]), alarm=alarm,
             lengths=dict(state["lengths"]),
         )  # fmt: skip
-
-
-@eqx.filter_jit
-def _evaluated(problem: Problem, values):
-    problem = least_squares.forward(problem)
-    p, variance, there = problem.cells(values)
-    columns = [column for part in problem.parts for column in part.data.observed]
-    return p, variance, there, problem.slopes(values), [(c.value, c.scale) for c in columns]
-
-
-def _look(problem: Problem, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> Cells:
-    """The cells of a problem at the nearest values that its boxes allow."""
-    inside = np.minimum(np.maximum(values, low), high)
-    p, variance, there, slopes, columns = _evaluated(problem, inside)
-    counted = np.concatenate([np.full(len(c.value), c.counted) for part in problem.parts for c in part.data.observed])
-    value, scale = (np.concatenate([np.asarray(pair[k]) for pair in columns]) for k in (0, 1))
-    return Cells(inside, np.asarray(p), np.asarray(variance), np.asarray(slopes), np.asarray(there), value, scale,
-                 counted, len(columns))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the statistic

@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "fit": ("device", "memory", "data", "fit"),
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
+    "track": ("device", "memory"),
 }
 """Tables that a verb reads; the optional ones among them must be given."""
 
