@@ -78,7 +78,9 @@ def _both_columns(twin: Twin, settings: LoopTable) -> Problem:
     if settings.r_set is None:
         # The memory reads what was measured; where nothing was, it reads the model.
         part = (problem := _problem(twin, settings)).parts[0]
-        r = part.data.prediction(problem.device(part, jnp.asarray(twin.inside)), False).r
+        assert isinstance(part.data, Loops)
+        own = "window_cycles" in twin.names
+        r = part.data.prediction(problem.device(part, jnp.asarray(twin.inside)), own).r
         settings = dataclasses.replace(settings, r_set=np.clip(r[: len(settings)], 0.0, 1.0), sha256="")
     return _problem(twin, dataclasses.replace(settings, n_x=0 * rows, n_y=0 * rows, sha256="", **fake))
 
@@ -156,7 +158,8 @@ def compare(incumbent: Twin, candidate: Twin, tables: Sequence[LoopTable]) -> Co
     than = "more" if difference > 0 else "less"
     reason = (
         f"{len(rows)} new tables are {abs(difference):.1f} ± {error:.1f} nats {than} probable for the candidate; "
-        f"averaged over both posteriors {evidence:+.1f} nats, {beyond} the {needed:.1f} that luck gives two honest calibrations"
+        f"averaged over both posteriors {evidence:+.1f} nats, {beyond} the {needed:.1f} that luck gives two honest "
+        "calibrations"
     )
     return Comparison(verdict, reason, rows, float(difference), error, float(evidence), needed)
 

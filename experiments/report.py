@@ -139,8 +139,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         yield Picture(
             "drift",
             "Estimates loop by loop",
-            "Line and band: the filter's estimate and its 95 % interval. Grey: the reference. Triangles: the twin should "
-            "be calibrated again. Crosses: bad tables, which move nothing.",
+            "Line and band: the filter's estimate and its 95 % interval. Grey: the reference. Triangles: the twin "
+            "should be calibrated again. Crosses: bad tables, which move nothing.",
             plots.drift(columns),
         )
 

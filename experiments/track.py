@@ -159,9 +159,7 @@ def reference_of(fit_run: Path) -> Reference:
     if fit is None or not names or matrix.shape != (len(names), len(names)):
         raise OutputError(f"{fit_run}: this run is no fit with an optimum; name the folder of a fit that converged.")
     if any("@" in name for name in names) or not set(names) <= set(fit.free):
-        raise OutputError(
-            f"{fit_run}: parameters of single tables cannot be tracked; fit them for all tables together."
-        )
+        raise OutputError(f"{fit_run}: parameters of single tables cannot be tracked; fit them for all together.")
     found = result["parameters"]
     mean, std = (np.array([found[name][key] for name in names], float) for key in ("value", "std"))
     return Reference(tuple(names), mean, matrix * np.outer(std, std), {name: fit.free[name] for name in names})
