@@ -110,6 +110,9 @@ class Tracker:
     Args:
         device: as it was calibrated; supplies every parameter that is not free.
         reference: posterior of that calibration.
+        threshold: of the alarm, in standard deviations; 0 to have it laid by the first loop.
+
+    Everything else is the state that `resumed` restores.
 
     Example:
         >>> tracker = Tracker(device, Reference(names, mean, covariance, boxes))
@@ -215,7 +218,7 @@ class Tracker:
         if self.scale is None:
             alone = information + np.diag(12 / self.reference.width**2)
             self.scale = np.sqrt(np.diag(np.linalg.inv(alone)))
-            self.threshold = threshold(self.reference.information, information)
+            self.threshold = self.threshold or threshold(self.reference.information, information)
 
     @property
     def _low(self) -> np.ndarray:
