@@ -237,6 +237,86 @@ def doctor(as_json: bool) -> None:
     _finish(result, as_json)
 
 
+@cli.command(cls=SchemaCommand)
+@_config
+@click.argument("tables", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--from", "fit_run", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The fit.")
+@_out
+@_replace
+@click.option("--watch", type=click.Path(path_type=Path), metavar="FOLDER", help="Track new files of it, until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(0.1), default=10.0, metavar="S", help="Seconds between looks at it.")
+@_set
+@_json
+def track(
+    config: Path, tables: Sequence[Path], fit_run: Path, out: Path, replace: bool, watch: Path | None, interval: float,
+    sets: Sequence[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Tell from later loop tables, in order, whether a fit is still valid; a run that stands is continued."""
+    from calibration.data import read_table
+    from experiments.config import load_config
+    from experiments.records import OutputError, Run, check_output, is_run
+
+    resolved = load_config(config, verb="track", sets=sets)
+    if "parameters" not in Run(fit_run).result:
+        raise OutputError(f"{fit_run}: this run is no fit, it has no parameters; name the folder of a fit.")
+    if not tables and watch is None:
+        raise click.UsageError("there is nothing to track; name tables, or a folder with --watch.")
+    if watch is not None and not watch.is_dir():
+        raise click.UsageError(f"--watch {watch}: this is no folder; name the one that tables will appear in.")
+    earlier = Run(out).result if is_run(out) and not replace else None
+    check_output(out, replace=replace or (earlier or {}).get("kind") == "track")
+    columns = {n: c.model_dump(exclude_none=True) for n, c in resolved.data.columns.items()} if resolved.data else {}
+    given = [read_table(path, columns) for path in tables]
+    opened = lambda: _run_folder(out, True, resolved.to_toml())
+    result = _pipeline("track", "run", resolved, fit_run, given, earlier, opened, watch, interval)
+    if not as_json:
+        click.echo(result.get("verdict", "no table yet"))
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command()
+@click.argument("twin", type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--settings", type=click.Path(path_type=Path), metavar="TABLE", help="Loop table with the settings.")
+@_out
+@_replace
+@_json
+def predict(
+    twin: Path, config: Path | None, settings: Path | None, out: Path, replace: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Predict loops with 95 % bands from a twin (twin.json or the run of a fit), by CONFIG's [simulate] or a table."""
+    from calibration.data import read_table
+    from experiments.config import load_config
+    from experiments.records import check_output
+
+    if (config is None) == (settings is None):
+        raise click.UsageError("name either a configuration with [simulate] or a table with --settings.")
+    check_output(out, replace=replace)
+    resolved = load_config(config, verb="simulate") if config is not None else None
+    table = read_table(settings) if settings is not None else None
+    text = resolved.to_toml() if resolved is not None else ""
+    with _run_folder(out, replace, text) as folder:
+        result = _pipeline("twins", "predict", twin, resolved, table, folder)
+    _finish(result, as_json, f"written to {out}")
+
+
+@cli.command()
+@click.argument("incumbent", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.argument("tables", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_json
+def compare(incumbent: Path, candidate: Path, tables: Sequence[Path], as_json: bool) -> None:
+    """Say whether a candidate twin explains new loop tables better than the incumbent."""
+    from calibration.data import read_table
+
+    given = [read_table(path) for path in tables]
+    result = _pipeline("twins", "compare", incumbent, candidate, given)
+    if not as_json:
+        click.echo(_aligned(result["tables"]))
+        click.echo(f"{result['verdict']}: {result['reason']}")
+    _finish(result, as_json)
+
+
 def _prepare_jax() -> None:
     """Settings that JAX reads from the environment when it is first imported."""
     precision = os.environ.get("JAX_ENABLE_X64", "1")

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "coverage": ("device", "memory", "fit", "simulate", "coverage"),
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
+    "track": ("device", "memory"),
 }
 """Tables that a verb reads; the optional ones among them must be given."""
 

@@ -289,3 +289,30 @@ def loops_before_after(columns: Columns) -> Figure:
     ax.set(xlabel="input x (population of s)", ylabel="output y (population of s)")
     ax.legend(fontsize=8)
     return figure
+
+
+@_styled
+def drift(columns: Columns) -> Figure:
+    """Tracked estimates with 95 % bands against the number of the loop, over the reference; alarms are marked.
+
+    Args:
+        columns: `loop`, `verdict`, `parameter`, `reference`, `reference_std`, and `estimate`, `std` of shape (tables,
+            parameters).
+    """
+    names = [str(name) for name in columns["parameter"]]
+    figure, axes = _figure(len(names), 2.5, sharex=True)
+    loop, verdict = np.asarray(columns["loop"]), np.asarray(columns["verdict"]).astype(str)
+    for k, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        value, std = np.asarray(columns["estimate"])[:, k], np.asarray(columns["std"])[:, k]
+        middle, width = float(columns["reference"][k]), 1.96 * float(columns["reference_std"][k])
+        ax.axhspan(middle - width, middle + width, color="#eeeeee", zorder=0, label="reference, 95 %")
+        ax.fill_between(loop, value - 1.96 * std, value + 1.96 * std, color=BLUE, alpha=0.2, lw=0, label="95 %")
+        ax.plot(loop, value, "o-", ms=2.5, lw=1, color=BLUE, label="estimate")
+        for what, colour, marker in (("recalibrate", ORANGE, "^"), ("data bad", GREY, "x")):
+            at = verdict == what
+            if at.any():
+                ax.plot(loop[at], value[at], marker, ms=5, color=colour, label=what)
+        ax.set(title=name, xlabel="loop")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=7)
+    return figure

@@ -28,7 +28,7 @@ _QUANTITIES = {
     "area": "loop area",
     "form_factor": "form factor of the loop",
 }
-_TITLES = {"fit": "Calibration", "simulate": "Simulation", "optimize": "Pulse design"}
+_TITLES = {"fit": "Calibration", "simulate": "Simulation", "optimize": "Pulse design", "track": "Tracking"}
 
 
 class Picture(NamedTuple):
@@ -135,6 +135,14 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
             "Distance of the best value from the final one, stage by stage.",
             plots.history(stages, quantity),
         )
+    if result.get("kind") == "track" and "estimate" in columns:
+        yield Picture(
+            "drift",
+            "Estimates loop by loop",
+            "Line and band: the filter's estimate and its 95 % interval. Grey: the reference. Triangles: the twin "
+            "should be calibrated again. Crosses: bad tables, which move nothing.",
+            plots.drift(columns),
+        )
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -151,6 +159,8 @@ def verdict(result: Mapping[str, Any]) -> str:
         parts.append(f"{len(result['loops'])} {many} of the device as configured, by {' and '.join(methods)}{bound}.")
     if kind == "optimize":
         parts += _design_in_words(result)
+    if kind == "track":
+        parts.append(f"After {len(result['tables'])} tables: {result['verdict']}.")
     return " ".join(parts)
 
 
@@ -246,6 +256,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         metrics=_metrics(result),
         loops=result.get("loops", {}),
         basins=result.get("basins", [])[:6],
+        tracked=result["tables"][-200:] if result.get("kind") == "track" else [],
         notes=result.get("notes", []),
         pictures=shown,
         seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},
