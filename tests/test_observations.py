@@ -103,7 +103,7 @@ def test_two_columns_of_one_readout_are_a_multinomial():
     np.testing.assert_allclose(both, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["binomial", "beta_binomial", "student_t"])
+@pytest.mark.parametrize("kind", ["binomial", "beta_binomial", "outliers", "student_t"])
 def test_cells_that_were_not_measured_say_nothing(kind):
     noise = Noise(kind, 0.05)
     holed = dataclasses.replace(
@@ -193,7 +193,7 @@ def test_squares_have_the_gradient_of_the_likelihood():
 DRAWS = 20_000
 
 
-@pytest.mark.parametrize("kind", ["binomial", "beta_binomial", "student_t"])
+@pytest.mark.parametrize("kind", ["binomial", "beta_binomial", "outliers", "student_t"])
 @pytest.mark.parametrize("counted", [True, False], ids=["counts", "values"])
 @pytest.mark.parametrize("p", [0.004, 0.5, 0.83])
 def test_draws_have_the_stated_mean_and_variance(kind, counted, p):
@@ -257,3 +257,12 @@ def test_the_factor_is_the_variance_of_an_estimated_mean(outliers):
         weight = 5 / (4 + (z - mean) ** 2)
         mean = np.sum(weight * z, axis=1, keepdims=True) / np.sum(weight, axis=1, keepdims=True)
     np.testing.assert_allclose(100 * np.var(mean), m_estimation(z.ravel()), rtol=0.08)
+
+
+def test_contaminated_law_is_the_mixture():
+    """And the probability of a cell to be no outlier is Bayes' rule."""
+    noise, p = Noise("outliers", outlier_share=0.1), jnp.array([0.3, 0.3, 0.0])
+    counts = column([125.0, 300.0, 3.0], [400.0, 400.0, 400.0])
+    inside = 0.9 * stats.binom.pmf([125, 300, 3], 400, np.asarray(p))
+    np.testing.assert_allclose(counts.terms(p, noise), np.log(inside + 0.1 / 401), rtol=1e-11)
+    np.testing.assert_allclose(counts.inliers(p, noise), inside / (inside + 0.1 / 401), atol=1e-12)
