@@ -1,11 +1,12 @@
 """Posing a calibration: tables, boxes and a device become a `Problem` whose devices are ready to be evaluated."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, bucketed
@@ -45,6 +46,7 @@ def pose(
     *,
     per_table: Sequence[str] = (),
     noise: str = "binomial",
+    offsets: Sequence[tuple[float, float]] = (),
 ) -> Posed:
     """The question which parameters of a device make tables most probable, its devices made ready for the boxes.
 
@@ -56,6 +58,7 @@ def pose(
         per_table: free parameters of which each table of loops has its own, reported as ``NAME@TABLE``; scans then have
             one together with the first table of loops.
         noise: law of the scatter, one of `calibration.observations.NOISES`.
+        offsets: further laser offsets, Hz, that devices must serve: those of tables to come.
 
     Raises:
         ValueError: an unknown parameter, an empty box, a noise parameter under another noise.
@@ -85,8 +88,7 @@ def pose(
     if not loops:
         own = fast = planned(device, of_device)
     else:
-        offsets = [np.stack([t.detuning_1_set_hz, t.detuning_2_set_hz], axis=1) for t in loops.values()]
-        distinct = np.unique(np.concatenate(offsets), axis=0)
+        distinct = distinct_offsets(loops.values(), offsets)
         prepared = {name: Experiment.from_table(table, distinct) for name, table in loops.items()}
         settings = next(iter(prepared.values())).settings
         solves = max(data.solves_of_setting for data in prepared.values())
@@ -115,6 +117,14 @@ def pose(
     reference = Problem(parameters, parts(own), Noise(noise))
     problem = reference if fast is own else Problem(parameters, parts(fast), Noise(noise))
     return Posed(problem, reference, notes)
+
+
+def distinct_offsets(
+    tables: Iterable[LoopTable], more: Sequence[tuple[float, float]] = ()
+) -> Float[np.ndarray, "settings 2"]:
+    """Laser offsets of all tables, Hz, each once, sorted."""
+    rows = [np.stack([t.detuning_1_set_hz, t.detuning_2_set_hz], axis=1) for t in tables]
+    return np.unique(np.concatenate([*rows, np.asarray(more, float).reshape(-1, 2)]), axis=0)
 
 
 def _finest(method: Lindblad | AreaSeries) -> float:
