@@ -1,0 +1,1 @@
+"""Studies: what the tests promise, measured on many synthetic tables."""
