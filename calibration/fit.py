@@ -208,11 +208,15 @@ class _Search:
         )
         explored = self._stage("search", rough, points, _EXPLORATION, meanwhile=ahead)
         settled = self._stage("descend", coarse, explored.points, _DESCENT)
+        if not np.any(np.isfinite(settled.values)):
+            return settled, settled
         return settled, self._stage("polish", self.problem, settled.points, _POLISH, active=self._best(settled))
 
     def levenberg_marquardt(self, points) -> tuple[Minimum, Minimum]:
         """The same by Levenberg-Marquardt."""
         settled = self._descend("descend", points, 1)
+        if not np.any(np.isfinite(settled.values)):
+            return settled, settled
         active = np.flatnonzero(self._best(settled))
         polished = self._descend("polish", settled.points[active], _LM_ROUNDS)
         return settled, polished
@@ -287,9 +291,12 @@ def _informed(problem: Problem, values: Float[Array, " parameters"]):
 
 @eqx.filter_jit
 def _checked(reference: Problem, values: Float[Array, " parameters"]):
-    """What the devices' own method says: predictions of each part, log-likelihood, probabilities of the cells."""
-    predictions = [part.data.prediction(reference.device(part, values), reference.own_window(part))
-                   for part in reference.parts]  # fmt: skip
+    """What the devices' own method says: predictions of each table, log-likelihood, probabilities of the cells."""
+    predictions = {
+        part.name: part.data.prediction(reference.device(part, values), reference.own_window(part))
+        for part in reference.parts
+        if isinstance(part.data, Loops)
+    }
     return predictions, reference.log_likelihood(values), reference.cells(values)[0]
 
 
@@ -390,8 +397,9 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         basins=basins,
         # Without the filler.
         predictions={
-            part.name: jax.tree.map(lambda column, n=part.rows: column[:n], prediction)
-            for part, prediction in zip(problem.parts, predictions, strict=True)
+            part.name: jax.tree.map(lambda column, n=int(part.rows): column[:n], predictions[part.name])
+            for part in problem.parts
+            if part.name in predictions
         },
         problem=problem,
         values=values,

@@ -186,11 +186,12 @@ def _outputs(device: AbstractMemristor, experiment: Experiment, populations) -> 
 def bucketed(device: AbstractMemristor, experiment: Experiment, *, own_window: bool = False) -> Experiment:
     """The same likelihood in arrays of rounded-up length, so that a table of similar length compiles nothing.
 
-    Filler rows repeat the last one, unmeasured. Where transfers depend on what is calibrated, the table stays as it is:
-    the memory is run over each loop, which has a length of its own.
+    Filler rows repeat the last one, unmeasured. Where transfers depend on what is calibrated, or follow the measured
+    inputs (which a simulation replaces), the table stays as it is: the memory is run over each loop, which has a length
+    of its own.
     """
     r = experiment.r_set if own_window else _known_transfers(device, experiment, own_window)
-    if r is None:
+    if r is None or (experiment.r_set is None and device.source == "measured"):
         return experiment
     rows, runs = len(experiment.x_set), len(experiment.first_x_set)
     pad = lambda a: jnp.pad(a, (0, rounded_up(rows) - rows), mode="edge")

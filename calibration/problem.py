@@ -6,14 +6,14 @@ A table is a part. Parts share every free parameter except those named ``NAME@PA
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, bucketed, measured, predict, replace_observations
@@ -32,6 +32,7 @@ NOISE_PARAMETERS = ("overdispersion",)
 _LOOPLESS = (EmulatedSeries, ClosedForm, type(None))
 
 
+@runtime_checkable
 class Data(Protocol):
     """What a part holds: settings and measured columns of a table."""
 
@@ -104,7 +105,7 @@ class Part(eqx.Module):
     name: str = eqx.field(static=True)
     device: AbstractMemristor
     data: Data
-    rows: int = eqx.field(static=True)
+    rows: Int[Array, ""] = eqx.field(converter=jnp.asarray)
 
 
 class Problem(eqx.Module):
@@ -293,7 +294,7 @@ def pose(
     parameters = FreeParameters.from_boxes(free)
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
     device = anchored(device)
-    with_parameters(device, {name: 0.5 * (low + high) for name, (low, high) in of_device.items()})
+    with_parameters(device, {name: jnp.asarray(0.5 * (low + high)) for name, (low, high) in of_device.items()})
     offsets = np.concatenate([np.stack([t.detuning_1_set_hz, t.detuning_2_set_hz], axis=1) for t in named.values()])
     offsets = np.unique(offsets, axis=0)
     experiments = {name: Experiment.from_table(table, offsets) for name, table in named.items()}
@@ -310,14 +311,9 @@ def pose(
             notes.append(f"The dynamics were integrated anew at every step of the search: {error}")
     windows = {"window_cycles", *(f"window_cycles@{name}" for name in named)} & set(free)
     ready = {name: bucketed(own, data, own_window=bool(windows)) for name, data in experiments.items()}
-    problem, reference = (
-        Problem(
-            parameters,
-            tuple(Part(name, twin, Loops(data), len(named[name])) for name, data in ready.items()),
-            Noise(noise),
-        )
-        for twin in (fast, own)
-    )
+    parts = tuple(Part(name, own, Loops(data), len(named[name])) for name, data in ready.items())
+    reference = Problem(parameters, parts, Noise(noise))
+    problem = reference if fast is own else reference.with_devices(lambda *_: fast)
     return Posed(problem, reference, notes)
 
 

@@ -22,6 +22,7 @@ A,1,0.25,0.45,10,0,-3e3,400,99,
 B,0,0.5,0.5,15,3000,0,200,101,50
 A,2,1,0.4,10,0,-3e3,,,
 """
+THIRD = "cycle,x_set,shots,n_x,n_y,n_m\n0,0,9,1,2,3\n1,0.5,9,4,5,\n2,1,9,7,0,9\n"
 VALUES = "cycle,x_set,x,x_err,y,y_err\n0,0,-0.01,0.02,,\n1,0.5,0.52,0.03,0.26,0.02\n"
 
 
@@ -74,6 +75,16 @@ def test_every_cell_lands_in_its_place(tmp_path):
     np.testing.assert_array_equal(table.lines, [3, 4, 5, 6])
     assert table.columns["shots"].dtype == table.cycle.dtype == np.int64
     assert table.x is table.x_err is table.y is table.y_err is None
+
+
+def test_a_third_column_is_counted_among_what_the_second_left(tmp_path):
+    """Both ends are allowed: nothing left for m, and everything that is left."""
+    table = read_table(write(tmp_path, THIRD))
+    np.testing.assert_array_equal(table.n_m, [3.0, np.nan, 9.0])
+    write_table(table, tmp_path / "again.csv")
+    np.testing.assert_array_equal(read_table(tmp_path / "again.csv").n_m, table.n_m)
+    assert read_table(write(tmp_path, THIRD.replace("9,4,5,", "9,4,9,0"))).n_m[1] == 0
+    assert read_table(write(tmp_path, GOOD)).n_m is None
 
 
 def test_absent_settings_have_their_defaults(tmp_path):
@@ -201,6 +212,14 @@ FILES = [  # content, expected parts of the message
     ("cycle,x_set,y,y_err\n0,0,,0.1\n", ["line 2", "column y is empty", "y_err is given"]),
     ("cycle,x_set,shots,n_y\n0,0,9,1\n2,0,9,1\n", ["line 3", "column cycle is 2", "missing", "give r_set"]),
     ("loop,cycle,x_set,shots,n_y\nA,0,0,9,1\nB,0,0,9,1\nA,2,0,9,1\n", ["line 4", "column cycle is 2", "missing"]),
+    (THIRD.replace("9,4,5,", "9,4,5,5"), ["line 3", "column n_m is 5", "n_y and n_m together", "exceed the shots"]),
+    (THIRD.replace("9,7,0,9", "9,7,0,10"), ["line 4", "column n_m is 10", "exceed the shots"]),
+    (THIRD.replace("9,4,5,", "9,4,,5"), ["line 3", "column n_m is 5", "n_y of the row is missing"]),
+    (THIRD.replace("1,2,3", "1,2,-1"), ["line 2", "column n_m is -1", "non-negative"]),
+    (THIRD.replace("1,2,3", "1,2,0.5"), ["line 2", "column n_m is '0.5'", "integer"]),
+    (THIRD.replace("9,4,5,", ",,,5"), ["line 3", "column shots is 0", "n_m is given"]),
+    ("cycle,x_set,shots,n_x,n_m\n0,0,9,1,2\n", ["n_m", "n_y", "add it"]),
+    ("cycle,x_set,n_m,y,y_err\n0,0,2,0.1,0.1\n", ["mixes counts", "keep one kind"]),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import tables
 
 from calibration import fit as module
-from calibration import uncertainty
+from calibration import problem, uncertainty
 from calibration.data import LoopTable, synthesize
 from calibration.fit import FitResult, fit
 from calibration.likelihood import Experiment, log_likelihood, pearson_chi2, predict
@@ -95,7 +95,7 @@ def test_what_else_the_result_holds():
     np.testing.assert_allclose(result.chi2_per_dof, chi2, rtol=1e-9)
     assert abs(chi2 - 1) < 5 * np.sqrt(2 / (4 * 43 - 4))
     assert set(result.history) == {"search", "descend", "polish"}
-    assert set(result.seconds) == {"search", "descend", "polish", "uncertainty"}
+    assert set(result.seconds) == {"prepare", "search", "descend", "polish", "uncertainty"}
     assert all(seconds >= 0 for seconds in result.seconds.values())
     for stage in ("descend", "polish"):
         assert result.history[stage] == sorted(result.history[stage])
@@ -107,8 +107,8 @@ def test_basins_are_ranked_and_count_their_starts():
     assert sum(basin.starts for basin in result.basins) <= 3
     assert [b.log_likelihood for b in result.basins] == sorted((b.log_likelihood for b in result.basins), reverse=True)
     best = result.basins[0]
-    note = note_with(result, "random starts ended in the best basin")
-    assert note.startswith(f"{best.starts} of 3 random starts")
+    note = note_with(result, "starts ended in the best basin")
+    assert note.startswith(f"{best.starts} of 3 starts")
     for name, estimate in result.parameters.items():
         assert abs(best.values[name] - estimate.value) < 0.2 * estimate.std
     np.testing.assert_allclose(best.log_likelihood, result.log_likelihood, atol=0.02)
@@ -138,16 +138,16 @@ def test_progress_is_told_stage_by_stage():
 
 
 def test_new_data_boxes_and_device_values_trace_nothing(monkeypatch):
-    """`_loss` calls the likelihood by its name in the module, each time it is traced and never else."""
+    """A table asks its device by the name `predict` in the module, each time it is traced and never else."""
     traces = 0
 
     def counting(*args, **kwargs):
         nonlocal traces
         traces += 1
-        return log_likelihood(*args, **kwargs)
+        return predict(*args, **kwargs)
 
     calibrated()
-    monkeypatch.setattr(module, "log_likelihood", counting)
+    monkeypatch.setattr(problem, "predict", counting)
     first = fit(tables.ion(), recorded(1), FREE, starts=3, seed=1)
     wider = {name: (low, 1.1 * high) for name, (low, high) in FREE.items()}
     second = fit(tables.ion(amplitude_1=0.97, memory=MovingAverage(4.0)), recorded(2), wider, starts=3, seed=2)

@@ -12,12 +12,10 @@ from test_demo_data import DEMO
 from calibration import uncertainty
 from calibration._minimize import minimize
 from calibration.data import read_table, synthesize
-from calibration.fit import _POLISH, _loss, _ready, _scales, fit
-from calibration.likelihood import Experiment, predict, replace_observations
-from calibration.parameters import FreeParameters
+from calibration.fit import _POLISH, _loss, _scales, fit
+from calibration.problem import pose
 from twin.dynamics import StaticGrid
 from twin.memristor import Lindblad, planned
-from twin.readout import sample_counts
 
 BOXES = {
     **tables.SCALES,
@@ -77,22 +75,20 @@ def test_intervals_of_the_full_dynamics_cover_the_truth():
 @pytest.mark.slow
 def test_scatter_of_200_refits_is_the_cramer_rao_bound():
     """The demo's settings and transfers; every refit begins at the truth, in coordinates whitened there."""
-    free, experiment = FreeParameters.from_boxes(BOXES), Experiment.from_table(read_table(DEMO))
-    device = _ready(tables.ion(method=Lindblad(1e-7)), experiment, free)
+    posed = pose(tables.ion(method=Lindblad(1e-7)), read_table(DEMO), BOXES)
+    free, reference = posed.problem.free, posed.reference.parts[0]
     truth = jnp.array([TRUTH[name] for name in free.names])
     origin = free.unbounded(truth)[None]
-    scales = _scales(device, experiment, free, origin)
-    prediction = predict(free.apply(device, truth), experiment)
+    scales = _scales(posed.problem, origin)
     values = []
     for k in range(200):
-        keys = jax.random.split(jax.random.key(k))
-        counts = (sample_counts(key, p, 400) for key, p in zip(keys, (prediction.p_x, prediction.p_y), strict=True))
-        args = (device, replace_observations(experiment, *counts), free)
-        found = minimize(_loss, args, jnp.zeros_like(origin), _POLISH, each=(origin, scales))
+        simulated = posed.problem.simulated(jax.random.key(k), truth)
+        found = minimize(_loss, simulated, jnp.zeros_like(origin), _POLISH, each=(origin, scales))
         assert bool(found.converged[0]), k
         values.append(np.asarray(free.bounded(origin[0] + scales[0] @ found.points[0])))
     scatter = np.std(values, axis=0, ddof=1)
-    bound = np.sqrt(np.diag(np.linalg.inv(uncertainty.fisher_information(device, experiment, free, truth))))
+    fisher = uncertainty.fisher_information(reference.device, reference.data.experiment, free, truth)
+    bound = np.sqrt(np.diag(np.linalg.inv(fisher)))
     print({name: f"{scatter[k] / bound[k]:.3f}" for k, name in enumerate(free.names)})
     low, high = np.asarray(free.low), np.asarray(free.high)
     inside = (truth - 3 * bound > low) & (truth + 3 * bound < high)

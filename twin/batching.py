@@ -2,7 +2,7 @@
 
 A field declared with `physical()` is converted to a float array on construction, so that it has a gradient and a new
 value does not recompile. `leading` names the axes that belong to the quantity itself (levels, slices); whatever
-follows is batch, and all fields of all modules of one solve broadcast against each other there.
+follows is batch (None: nothing is), and all fields of all modules of one solve broadcast against each other there.
 """
 
 import dataclasses
@@ -47,8 +47,9 @@ def _leaves(tree, leading: int):
             yield from _leaves(item, leading)
     elif isinstance(tree, eqx.Module):
         for f in dataclasses.fields(tree):
-            if not f.metadata.get("static", False):
-                yield from _leaves(getattr(tree, f.name), f.metadata.get("leading", 0))
+            leading = f.metadata.get("leading", 0)
+            if leading is not None and not f.metadata.get("static", False):
+                yield from _leaves(getattr(tree, f.name), leading)
     elif tree is not None:
         yield tree, leading
 

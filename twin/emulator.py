@@ -22,6 +22,7 @@ from scipy.stats import qmc
 
 from twin.area_series import AreaSeries
 from twin.area_table import even_basis
+from twin.loop import Response
 
 # Parameters that the equations of motion contain; all others act outside the tables.
 DYNAMICAL = (
@@ -38,6 +39,8 @@ _SHARES = (0.35, 0.7, 1.0)
 _ATTEMPTS, _JUDGES = 4, 24
 # Points a term, and the share of the error at which coefficients are left out.
 _OVERSAMPLING, _PROBE_SHARE = 1.5, 0.5
+# Arrays none of whose axes is one of devices.
+_NO_LANES = {"leading": None}
 
 
 class EmulationError(ValueError):
@@ -64,13 +67,13 @@ class EmulatedSeries(eqx.Module):
     """
 
     names: tuple[str, ...] = eqx.field(static=True)
-    low: Float[Array, " names"]
-    high: Float[Array, " names"]
-    degrees: Int[np.ndarray, "terms names"] | Int[Array, "terms names"]
-    coefficients: dict[str, Float[Array, "..."]]
+    low: Float[Array, " names"] = eqx.field(metadata=_NO_LANES)
+    high: Float[Array, " names"] = eqx.field(metadata=_NO_LANES)
+    degrees: Int[Array, "terms names"] = eqx.field(metadata=_NO_LANES)
+    coefficients: dict[str, Float[Array, "..."]] = eqx.field(metadata=_NO_LANES)
     theta_1: Float[Array, ""]
     theta_2: Float[Array, ""]
-    offsets: Float[Array, "2 settings"]
+    offsets: Float[Array, "2 settings"] = eqx.field(metadata=_NO_LANES)
     error: float = eqx.field(static=True)
     error_of_tables: Float[Array, ""]
     deviation: Float[Array, ""]
@@ -115,6 +118,34 @@ class EmulatedTable(eqx.Module):
     first: Float[Array, "orders levels settings"]
     second: Float[Array, "orders_2 levels levels settings"]
     residual: Float[Array, "rest rest levels settings"]
+
+    def respond(
+        self,
+        theta_1: Float[Array, "*before cycles"],
+        theta_2: Float[Array, "*before cycles"],
+        setting: Int[Array, " cycles"] | None,
+        alone: bool | Bool[Array, "..."],
+    ) -> Response:
+        """Cycles of these areas; invalid ones are NaN, and so are all coherences, which are not emulated.
+
+        Without `setting`, each cycle has offsets of its own, in their order.
+        """
+        setting = jnp.arange(len(self.valid)) if setting is None else setting
+        if alone is True:
+            populations = self.after_first(theta_1, setting)
+        elif alone is False:
+            populations = self.after_both(theta_1, theta_2, setting)
+        else:
+            both = self.after_both(theta_1, theta_2, setting)
+            populations = jnp.where(alone, self.after_first(theta_1, setting), both)
+        cycles = populations.shape[1:]
+        inside = (jnp.abs(theta_1) <= self.theta_1 * (1 + 1e-9)) & (
+            alone | (jnp.abs(theta_2) <= self.theta_2 * (1 + 1e-9))
+        )
+        valid = jnp.broadcast_to(self.valid[setting] & inside, cycles)
+        populations = jnp.where(valid, populations, jnp.nan)
+        error = jnp.broadcast_to(self.error, cycles)
+        return Response(populations, jnp.full((2, *cycles), jnp.nan), valid, error, "emulated series")
 
     def after_first(self, theta_1: Float[Array, "*before cycles"], setting: Int[Array, " cycles"]) -> Array:
         """Populations after pulse 1 alone, shape (levels, *before, cycles)."""
@@ -194,8 +225,9 @@ def emulated(ion, series: AreaSeries, boxes: Mapping[str, tuple[float, float]], 
             )
             return dataclasses.replace(ion, method=made)
         degrees = [math.ceil(1.2 * d) + 1 for d in degrees]
+    size = str(_LARGEST_TERMS if len(index) > _LARGEST_TERMS else len(index))
     raise EmulationError(
-        f"a polynomial of {len(index)} terms in {len(names)} parameters does not reach the error {error:g}; "
+        f"more than {size} terms in {len(names)} parameters are needed for the error {error:g}; "
         "narrow the boxes or free fewer parameters."
     )
 
@@ -247,7 +279,7 @@ def _solved(ion, names, values, settings, largest) -> dict[str, Array]:
 def _largest_areas(ion, boxes) -> tuple[float, float]:
     """Areas at full command that no device in the box exceeds, rad."""
     names = [name for name in boxes if hasattr(ion, name)]
-    corners = np.array(list(itertools.product(*(boxes[name] for name in names)))).reshape(-1, len(names))
+    corners = np.array(list(itertools.product(*(boxes[name] for name in names))))
     spread = dataclasses.replace(ion, **{name: jnp.asarray(corners[:, k]) for k, name in enumerate(names)})
     first, second = (float(np.max(np.abs(theta))) for theta in spread.largest_areas)
     return first, second
@@ -304,6 +336,8 @@ def _terms(degrees: list[int]) -> Int[np.ndarray, "terms names"]:
 
 
 def _corners(axes: int) -> Float[np.ndarray, "corners names"]:
+    if axes == 0:
+        return np.zeros((1, 0))
     return np.array(list(itertools.product((-1.0, 1.0), repeat=min(axes, 6))), float).reshape(-1, min(axes, 6)) @ (
         np.eye(min(axes, 6), axes)
     )

@@ -174,10 +174,10 @@ class IonMemristor(AbstractMemristor):
             if self.phonon_nodes == 1:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
-            if isinstance(table, AreaTable):
+            if isinstance(table, AreaTable) and isinstance(method, AreaSeries):
                 response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
             elif isinstance(table, EmulatedTable):
-                response = _from_emulated(table, theta_1, theta_2, now.of_cycle, alone)
+                response = table.respond(theta_1, theta_2, now.of_cycle, alone)
             elif isinstance(method, ClosedForm):
                 response = self._closed_form(theta_1, None if alone is True else jnp.where(alone, 0.0, theta_2))
             else:
@@ -367,25 +367,6 @@ def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) 
     valid = jnp.broadcast_to(good, cycles) & jnp.all(jnp.isfinite(populations), axis=0)
     populations, coherence = (jnp.where(valid, values, jnp.nan) for values in (populations, coherence))
     return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
-
-
-def _from_emulated(table: EmulatedTable, theta_1, theta_2, of_cycle, alone) -> Response:
-    """Cycles read off an emulated table; invalid ones are NaN, and so are all coherences, which are not emulated."""
-    if alone is True:
-        populations = table.after_first(theta_1, of_cycle)
-    elif alone is False:
-        populations = table.after_both(theta_1, theta_2, of_cycle)
-    else:
-        both = table.after_both(theta_1, theta_2, of_cycle)
-        populations = jnp.where(alone, table.after_first(theta_1, of_cycle), both)
-    cycles = populations.shape[1:]
-    inside = (jnp.abs(theta_1) <= table.theta_1 * (1 + 1e-9)) & (
-        alone | (jnp.abs(theta_2) <= table.theta_2 * (1 + 1e-9))
-    )
-    valid = jnp.broadcast_to(table.valid[of_cycle] & inside, cycles)
-    populations = jnp.where(valid, populations, jnp.nan)
-    error = jnp.broadcast_to(table.error, cycles)
-    return Response(populations, jnp.full((2, *cycles), jnp.nan), valid, error, "emulated series")
 
 
 def _average(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
