@@ -18,13 +18,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from calibration import least_squares, uncertainty
+from calibration import identifiability, least_squares, uncertainty
 from calibration._minimize import Minimum, Progress, Stage, minimize
 from calibration.data import LoopTable
+from calibration.identifiability import Degeneracy
 from calibration.likelihood import Prediction
 from calibration.observations import m_estimation
 from calibration.parameters import FreeParameters
-from calibration.problem import Loops, Posed, Problem, pose
+from calibration.problem import Loops, Posed, Problem, informed, pose
 from calibration.uncertainty import Estimate
 from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor
@@ -43,6 +44,7 @@ _DESCENT = Stage("lbfgs", iterations=60, tolerance=1e-2)
 _POLISH = _DESCENT._replace(tolerance=1e-5)
 # Rounds of Levenberg-Marquardt that the best few take after the first.
 _LM_ROUNDS = 4
+_EDGE = 1e-9
 # An emulated device whose optimum lies further off than this, in standard errors, is said to.
 _LARGEST_SHIFT = 0.05
 
@@ -70,6 +72,8 @@ class FitResult:
         problem: what was asked, for profiles and samples. values: the optimum, in the order of its names.
         emulation: of an emulated device: its error of populations, the points solved, and the largest shift of an
             estimate against the device's own method, in standard errors; empty otherwise.
+        degeneracies: groups of parameters that the data leave open.
+        areas: value and standard error of the area scale of each pulse whose width and Rabi scale are both free.
     """
 
     status: str
@@ -88,6 +92,8 @@ class FitResult:
     history: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     emulation: dict[str, float] = field(default_factory=dict)
+    degeneracies: list[Degeneracy] = field(default_factory=list)
+    areas: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -242,11 +248,15 @@ class _Search:
     def _descend(self, name: str, points, rounds: int) -> Minimum:
         steps = rounds * least_squares.STEPS
         began = self._begin(name, steps)
-        found = least_squares.descend(self.problem, points, rounds)
+        free = self.problem.free
+        found = least_squares.descend(self.problem, free.bounded(points), rounds)
+        # An edge of the box lies at infinity in unbounded coordinates.
+        share = jnp.clip((found.values - free.low) / free.width, _EDGE, 1 - _EDGE)
+        places = free.unbounded(free.low + share * free.width)
         losses = np.asarray(-found.log_likelihood)
         self._told(name, steps, steps, losses)
         self.seconds[name] = time.perf_counter() - began
-        return Minimum(found.points, jnp.asarray(losses), found.converged, found.steps)
+        return Minimum(places, jnp.asarray(losses), found.converged, found.steps)
 
     def _stage(self, name: str, problem: Problem, points, stage: Stage, **options) -> Minimum:
         began = self._begin(name, stage.iterations)
@@ -278,15 +288,6 @@ def _scales(problem: Problem, points: Float[Array, "starts n"]) -> Float[Array, 
         return (vectors / jnp.sqrt(jnp.maximum(eigenvalues, 0.0) + 3 / np.pi**2)) @ vectors.T
 
     return lax.map(scale, points)
-
-
-@eqx.filter_jit
-def _informed(problem: Problem, values: Float[Array, " parameters"]):
-    """Fisher information, slopes of the cells and their model probabilities and weights."""
-    problem = least_squares.forward(problem)
-    p, variance, there = problem.cells(values)
-    weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
-    return problem.information(values), problem.slopes(values), p, weights, problem.residuals(values)
 
 
 @eqx.filter_jit
@@ -339,10 +340,10 @@ def _merged(basins: list[Basin], free: FreeParameters, cov: np.ndarray) -> list[
 
 def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[Basin], starts: int) -> FitResult:
     problem, free = posed.problem, posed.problem.free
-    information, slopes, p, weights, residuals = (np.asarray(a) for a in _informed(problem, optimum))
+    at = jax.tree.map(np.asarray, informed(problem, optimum))
     predictions, value, p_own = _checked(posed.reference, optimum)
-    cov = uncertainty.covariance(information, np.asarray(free.width))
-    residuals = residuals[np.isfinite(residuals)]
+    cov = uncertainty.covariance(at.information, np.asarray(free.width))
+    residuals = at.residuals[np.isfinite(at.residuals)]
     notes = list(posed.notes)
     if problem.noise.kind == "student_t":
         cov = cov * m_estimation(residuals)
@@ -352,7 +353,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     std = np.sqrt(np.diag(cov))
     emulation = {}
     if posed.reference is not problem:
-        shift = cov @ (slopes.T @ (weights * (np.asarray(p_own) - p)))
+        shift = cov @ (at.slopes.T @ (at.weights * (np.asarray(p_own) - at.p)))
         largest = float(np.max(np.abs(shift) / std))
         methods = [getattr(part.device, "method", None) for part in problem.parts]
         emulation = {
@@ -365,7 +366,8 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
                          "emulated dynamics are too coarse here; narrow the boxes.")  # fmt: skip
     values = np.asarray(optimum)
     found = uncertainty.estimates(free, values, cov)
-    notes += uncertainty.sentences(free, found, cov)
+    groups = identifiability.degeneracies(problem, values, at.information)
+    notes += identifiability.sentences(free, found, cov, groups)
     for part in problem.parts:
         if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
             notes.append(
@@ -404,6 +406,8 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         problem=problem,
         values=values,
         emulation=emulation,
+        degeneracies=groups,
+        areas=identifiability.areas(problem, values, cov),
     )
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +78,10 @@ def read_csv(
         TableError: the file cannot be read or is no such CSV.
     """
     name = os.fspath(path)
-    data = _read_bytes(Path(path), name)
-    text = re.split(r"\r\n|\n|\r", _decode(data, name))
-    records = [(k, _split(line, k, name)) for k, line in enumerate(text, 1) if line.strip() and line.lstrip()[0] != "#"]
-    if not records:
-        raise TableError(f"{name}: the file holds only comments, but a header row and one row a cycle are needed.")
-    header = records[0][1]
-    chosen = _check_header(header, sources, f"{name}: line {records[0][0]} (header)", name)
-    if len(records) == 1:
-        raise TableError(f"{name}: line {records[0][0]} is a header without rows, but one row a cycle is needed.")
-    for line, fields in records[1:]:
-        if len(fields) != len(header):
-            raise TableError(
-                f"{name}: line {line} has {len(fields)} fields where the header has {len(header)}; write one field for "
-                "each column (empty if not measured), with a point as decimal mark."
-            )
-    lines = np.array([line for line, _ in records[1:]])
-    texts = dict(zip(header, zip(*(fields for _, fields in records[1:]), strict=True), strict=False))
+    chosen: dict[str, Source] = {}
+    choose_from = lambda header, where: chosen.update(_check_header(header, sources, where, name))
+    header, rows, lines, sha256 = read_records(path, "one row a cycle", choose_from)
+    texts = dict(zip(header, zip(*rows, strict=True), strict=False))
     columns = {}
     for column, source in chosen.items():
         if source.name is None:
@@ -103,7 +90,44 @@ def read_csv(
             values = _parse(column, texts[source.name], lines, name)
         if values is not None:
             columns[column] = converted(values, units_of(column).get(source.unit, 1.0))
-    return columns, lines, hashlib.sha256(data).hexdigest()
+    return columns, lines, sha256
+
+
+def read_records(
+    path: str | os.PathLike[str], rows_needed: str, check_header: Callable[[list[str], str], Any]
+) -> tuple[list[str], list[list[str]], np.ndarray, str]:
+    """Texts of a CSV file, whatever its table.
+
+    Args:
+        path: CSV file in UTF-8 (a byte-order mark is accepted).
+        rows_needed: what such a table must have, for messages ("one row a cycle").
+        check_header: called with the header and where it stands, before any row is looked at; refuses a wrong one.
+
+    Returns:
+        The header; the fields of each row, as many as the header has; the line of the file each row stands on, shape
+        (rows,); the SHA-256 of the file.
+
+    Raises:
+        TableError: the file cannot be read or is no such CSV.
+    """
+    name = os.fspath(path)
+    data = _read_bytes(Path(path), name)
+    text = re.split(r"\r\n|\n|\r", _decode(data, name, rows_needed))
+    records = [(k, _split(line, k, name)) for k, line in enumerate(text, 1) if line.strip() and line.lstrip()[0] != "#"]
+    if not records:
+        raise TableError(f"{name}: the file holds only comments, but a header row and {rows_needed} are needed.")
+    header = records[0][1]
+    check_header(header, f"{name}: line {records[0][0]} (header)")
+    if len(records) == 1:
+        raise TableError(f"{name}: line {records[0][0]} is a header without rows, but {rows_needed} is needed.")
+    for line, fields in records[1:]:
+        if len(fields) != len(header):
+            raise TableError(
+                f"{name}: line {line} has {len(fields)} fields where the header has {len(header)}; write one field for "
+                "each column (empty if not measured), with a point as decimal mark."
+            )
+    lines = np.array([line for line, _ in records[1:]])
+    return header, [fields for _, fields in records[1:]], lines, hashlib.sha256(data).hexdigest()
 
 
 def to_csv(columns: Mapping[str, np.ndarray]) -> str:
@@ -121,10 +145,14 @@ def cell(column: str, value: Any) -> str:
     """Text of one entry of a column: the shortest that reads back as the same number, empty for NaN."""
     if column == "loop":
         return str(value)
-    number = float(value)
-    if math.isnan(number):
+    return written(float(value), integer=column in INTEGERS)
+
+
+def written(value: float, *, integer: bool) -> str:
+    """The shortest text that reads back as the same number, empty for NaN."""
+    if math.isnan(value):
         return ""
-    return str(int(number)) if column in INTEGERS and number.is_integer() else repr(number)
+    return str(int(value)) if integer and float(value).is_integer() else repr(value)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -162,7 +190,7 @@ def _read_bytes(path: Path, name: str, count: int = -1) -> bytes:
         raise TableError(f"{name}: the file cannot be read ({reason}); check its path and permissions.") from None
 
 
-def _decode(data: bytes, name: str) -> str:
+def _decode(data: bytes, name: str, rows_needed: str) -> str:
     for mark, what in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise TableError(f"{name}: the file is encoded as {what}; save it as CSV in UTF-8.")
@@ -170,7 +198,7 @@ def _decode(data: bytes, name: str) -> str:
         if data.startswith(mark):
             raise TableError(f"{name}: this is {what}; export the table as CSV in UTF-8.")
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
-        raise TableError(f"{name}: the file is empty, but a header row and one row a cycle are needed.")
+        raise TableError(f"{name}: the file is empty, but a header row and {rows_needed} are needed.")
     if (null := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, null) + 1
         raise TableError(
@@ -195,20 +223,10 @@ def _split(line: str, number: int, name: str) -> list[str]:
 
 def _check_header(header: list[str], sources: Mapping[str, Source], where: str, name: str) -> dict[str, Source]:
     """What is read of which column; without a mapping every column must be one of ours."""
-    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(header) == 1 and mark in header[0]:
-            raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
-    for column in () if sources else header:
-        if not column:
-            raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
-        if column not in COLUMNS:
-            close = difflib.get_close_matches(column.lower(), COLUMNS, n=1)
-            remedy = (
-                f"did you mean {close[0]}?"
-                if close
-                else f"remove it, or say in [data.columns] what to read; the columns are {', '.join(COLUMNS)}."
-            )
-            raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
+    if sources:
+        _check_separator(header, where)
+    else:
+        check_names(header, where, COLUMNS, "remove it, or say in [data.columns] what to read")
     named = [column for column in header if column]
     chosen = choose(named, lambda column: column if column in named else None, sources, name)
     for source in chosen.values():
@@ -218,6 +236,26 @@ def _check_header(header: list[str], sources: Mapping[str, Source], where: str, 
             )
     check_complete(chosen, where, named if sources else ())
     return chosen
+
+
+def check_names(header: list[str], where: str, known: Sequence[str], otherwise: str = "remove it") -> None:
+    """Refuse a header that is not separated by commas, or names a column twice, not at all or unknown."""
+    _check_separator(header, where)
+    for column in header:
+        if not column:
+            raise TableError(f"{where} has a column without a name; name it or remove the surplus comma.")
+        if column not in known:
+            close = difflib.get_close_matches(column.lower(), known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"{otherwise}; the columns are {', '.join(known)}."
+            raise TableError(f"{where} has the unknown column {column[:40]!r}; {remedy}")
+        if header.count(column) > 1:
+            raise TableError(f"{where} has the column {column} {header.count(column)} times; keep one of them.")
+
+
+def _check_separator(header: list[str], where: str) -> None:
+    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and mark in header[0]:
+            raise TableError(f"{where} separates columns by {what}; use commas, and a point as decimal mark.")
 
 
 def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> np.ndarray | None:
@@ -232,22 +270,25 @@ def _parse(column: str, texts: Sequence[str], lines: np.ndarray, name: str) -> n
         return np.array(texts)
     missing = 0.0 if column == "shots" else np.nan
     numbers = [
-        _number(text, column, f"{name}: line {line}, column {column} is {text[:40]!r}") if text else missing
+        number(text, column, f"{name}: line {line}, column {column} is {text[:40]!r}") if text else missing
         for text, line in zip(texts, lines, strict=True)
     ]
     return np.array(numbers).astype(np.int64 if column in ("cycle", "shots") else np.float64)
 
 
-def _number(text: str, column: str, where: str) -> float:
+def number(
+    text: str, column: str, where: str, settings: Sequence[str] = SETTINGS, integers: Sequence[str] = INTEGERS
+) -> float:
+    """The number that a field holds; `settings` and `integers` name the columns that are such."""
     if not _NUMBER.fullmatch(text):
         if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
-            remedy = "a setting must be given" if column in SETTINGS else "leave the cell empty if not measured"
+            remedy = "a setting must be given" if column in settings else "leave the cell empty if not measured"
             raise TableError(f"{where}, which is not a finite number; {remedy}.")
         remedy = "write a point as decimal mark" if _DECIMAL_COMMA.fullmatch(text) else "write a plain number"
         raise TableError(f"{where}, which is not a number; {remedy}.")
-    number = float(text)
-    if column in INTEGERS and not number.is_integer():
+    value = float(text)
+    if column in integers and not value.is_integer():
         raise TableError(f"{where}, but {column} must be an integer; write the number that was recorded.")
-    if abs(number) > (_LARGEST_INTEGER if column in INTEGERS else np.finfo(np.float64).max):
+    if abs(value) > (_LARGEST_INTEGER if column in integers else np.finfo(np.float64).max):
         raise TableError(f"{where}, which is too large; check the value.")
-    return number
+    return value

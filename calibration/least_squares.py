@@ -1,7 +1,8 @@
 """Levenberg-Marquardt: the fast way to the bottom of a basin, for noise whose likelihood is a sum of squares.
 
 Deviance residuals make least squares the same as maximum likelihood, and their Gauss-Newton matrix the Fisher
-information. Optimistix does the steps.
+information. Optimistix does the steps. One descent is a function for `jit` and `vmap`, so that profiles, bootstraps and
+studies of hundreds of tables are batches of it.
 """
 
 import multiprocessing
@@ -20,13 +21,15 @@ from twin.planning import forward_mode
 STEPS = 25
 # A point is an optimum when a Newton step from it would gain less than this, in nats.
 _GAIN = 1e-4
+# Share of the box within which an edge may have stopped a parameter.
+_AT_EDGE = 1e-3
 _TOLERANCE = 1e-7
 
 
 class Descent(NamedTuple):
-    """Where each start ended: unbounded coordinates, log-likelihood, whether it is an optimum, steps taken."""
+    """Where each start ended: values in the box, log-likelihood, whether it is an optimum, steps taken."""
 
-    points: Float[Array, "*starts parameters"]
+    values: Float[Array, "*starts parameters"]
     log_likelihood: Float[Array, "*starts"]
     converged: Bool[Array, "*starts"]
     steps: Int[Array, "*starts"]
@@ -43,11 +46,11 @@ def serves(problem: Problem) -> str:
 
 
 def descend(problem: Problem, starts: Float[Array, "starts parameters"], rounds: int = 1) -> Descent:
-    """From every start to the bottom of its basin, in unbounded coordinates.
+    """From every start to the bottom of its basin.
 
     Args:
-        problem: with plain noise (`serves`).
-        starts: initial points.
+        problem: the question.
+        starts: values inside the box.
         rounds: of at most `STEPS` steps each; a start that stands takes no further one.
     """
     one: Any = _jitted_one
@@ -57,7 +60,7 @@ def descend(problem: Problem, starts: Float[Array, "starts parameters"], rounds:
         for _ in range(rounds - 1):
             if bool(found.converged):
                 break
-            found = one(problem, found.points)._replace(steps=found.steps + STEPS)
+            found = one(problem, found.values)._replace(steps=found.steps + STEPS)
         return found
 
     first = whole(starts[0])  # compiles; the others share the cores
@@ -82,17 +85,39 @@ def descend_one(
     held: Bool[Array, " parameters"] | None = None,
     steps: int = STEPS,
 ) -> Descent:
-    """One start; coordinates that are `held` stay where they are. For use inside jit and vmap."""
+    """One start, values inside the box; those that are `held` stay where they are. For use inside jit and vmap.
 
-    def residuals(u, _):
-        return problem.deviance_residuals(problem.free.bounded(u if held is None else jnp.where(held, start, u)))
+    Noise that Levenberg-Marquardt cannot serve is minimized by BFGS.
+    """
+    free = problem.free
+    held = jnp.zeros(start.shape, bool) if held is None else held
+    place = lambda phi: jnp.where(held, start, free.folded(phi))
+    phi = free.unfolded(start)
+    if serves(problem):
+        quasi = optx.BFGS(rtol=_TOLERANCE, atol=_TOLERANCE)
+        loss = lambda phi, _: -problem.log_likelihood(place(phi))
+        found = optx.minimise(loss, quasi, phi, max_steps=8 * steps, throw=False)
+    else:
+        solver = optx.LevenbergMarquardt(rtol=_TOLERANCE, atol=_TOLERANCE)
+        residuals = lambda phi, _: problem.deviance_residuals(place(phi))
+        found = optx.least_squares(residuals, solver, phi, max_steps=steps, throw=False)
+    values = place(found.value)
+    value, gain = _still_to_gain(problem, values, held)
+    return Descent(values, value, gain < _GAIN, found.stats["num_steps"])
 
-    solver = optx.LevenbergMarquardt(rtol=_TOLERANCE, atol=_TOLERANCE)
-    found = optx.least_squares(residuals, solver, start, max_steps=steps, throw=False)
-    r, slope = residuals(found.value, None), jax.jacfwd(residuals)(found.value, None)
-    # The prior's own curvature keeps flat directions from counting as far from done.
-    information = slope.T @ slope + 3 / jnp.pi**2 * jnp.eye(start.size)
-    gradient = slope.T @ r
-    gain = 0.5 * gradient @ jnp.linalg.solve(information, gradient)
-    value = problem.log_likelihood(problem.free.bounded(found.value))
-    return Descent(found.value, value, gain < _GAIN, found.stats["num_steps"])
+
+def _still_to_gain(problem: Problem, values: Float[Array, " parameters"], held: Bool[Array, " parameters"]):
+    """Log-likelihood, and what a Newton step would add to it; a parameter that an edge stops counts its way there."""
+    free = problem.free
+    scaled = lambda share: problem.log_likelihood(free.low + free.width * share)
+    share = (values - free.low) / free.width
+    gradient = jax.jacfwd(scaled)(share)
+    to_edge = jnp.where(gradient > 0, 1 - share, share)
+    stopped = (to_edge < _AT_EDGE) & ~held
+    moving = ~(stopped | held)
+    information = free.width[:, None] * problem.information(values) * free.width
+    # The variance 1/12 of the uniform prior keeps flat directions from counting as far from done.
+    information = jnp.where(moving[:, None] & moving, information, 0.0) + 12 * jnp.eye(values.size)
+    slope = jnp.where(moving, gradient, 0.0)
+    newton = 0.5 * slope @ jnp.linalg.solve(information, slope)
+    return scaled(share), newton + jnp.sum(jnp.where(stopped, jnp.abs(gradient) * to_edge, 0.0))

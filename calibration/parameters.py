@@ -82,6 +82,25 @@ class FreeParameters(eqx.Module):
         share = (values - self.low) / self.width
         return jnp.log(share) - jnp.log1p(-share)
 
+    def folded(self, phi: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
+        """Values low + width sin^2(phi): the coordinates of least squares, in which an edge is not infinitely far."""
+        return self.low + self.width * jnp.sin(phi) ** 2
+
+    def unfolded(self, values: Float[Array, "*starts parameters"]) -> Float[Array, "*starts parameters"]:
+        """A phi in [0, pi/2] for values in the box, its edges included."""
+        return jnp.arcsin(jnp.sqrt(jnp.clip((values - self.low) / self.width, 0.0, 1.0)))
+
+    def from_normal(self, z: Float[Array, "*draws parameters"]) -> Float[Array, "*draws parameters"]:
+        """Values in the box that are uniform when z is standard normal: the coordinates of samplers.
+
+        At the edges of the box the density of z falls off like a Gaussian, that of `unbounded` only exponentially.
+        """
+        return self.low + self.width * jax.scipy.special.ndtr(z)
+
+    def to_normal(self, values: Float[Array, "*draws parameters"]) -> Float[Array, "*draws parameters"]:
+        """Inverse of `from_normal`, strictly inside the box."""
+        return jax.scipy.special.ndtri((values - self.low) / self.width)
+
     def draw(self, key: PRNGKeyArray, starts: int) -> Float[Array, "starts parameters"]:
         """Uniform random values in the box: draws from the prior."""
         return self.low + self.width * jax.random.uniform(key, (starts, len(self.names)))

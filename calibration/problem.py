@@ -22,7 +22,7 @@ from calibration.parameters import FreeParameters, anchored, with_parameters
 from twin.emulator import EmulatedSeries, EmulationError
 from twin.loop import AbstractMemristor
 from twin.memristor import AreaSeries, Automatic, ClosedForm, IonMemristor, Lindblad
-from twin.planning import emulated, planned
+from twin.planning import emulated, forward_mode, planned
 
 NOISE_PARAMETERS = ("overdispersion",)
 """Free parameters of the noise, not of the device."""
@@ -157,10 +157,9 @@ class Problem(eqx.Module):
         noise = self.noise_at(values)
         return sum((column.log_likelihood(p, noise) for column, p in self.predicted(values)), jnp.zeros(()))
 
-    def log_density(self, u: Float[Array, " parameters"]) -> Float[Array, ""]:
-        """Log posterior density in unbounded coordinates, up to a constant: uniform prior in the boxes."""
-        jacobian = jnp.sum(jax.nn.log_sigmoid(u) + jax.nn.log_sigmoid(-u))
-        return self.log_likelihood(self.free.bounded(u)) + jacobian
+    def log_density(self, z: Float[Array, " parameters"]) -> Float[Array, ""]:
+        """Log posterior density in the coordinates of `FreeParameters.from_normal`, where the prior is normal."""
+        return self.log_likelihood(self.free.from_normal(z)) - 0.5 * jnp.sum(z**2)
 
     def deviance_residuals(self, values: Float[Array, " parameters"]) -> Float[Array, " cells"]:
         """Residuals whose half sum of squares is the negative log-likelihood up to a constant; plain noise only."""
@@ -238,6 +237,30 @@ class Problem(eqx.Module):
         """The same question with the device of each part changed."""
         parts = tuple(dataclasses.replace(part, device=change(part.device, part.data)) for part in self.parts)
         return dataclasses.replace(self, parts=parts)
+
+
+class Informed(NamedTuple):
+    """Everything first-order about a problem at one point, cell by cell.
+
+    Attributes:
+        information: Fisher information. slopes: of the cells' probabilities p. weights: one over their variances.
+        residuals: standardized; NaN where not measured.
+    """
+
+    information: Float[Array, "parameters parameters"]
+    slopes: Float[Array, "cells parameters"]
+    p: Float[Array, " cells"]
+    weights: Float[Array, " cells"]
+    residuals: Float[Array, " cells"]
+
+
+@eqx.filter_jit
+def informed(problem: Problem, values: Float[Array, " parameters"]) -> Informed:
+    """Information, slopes, weights and residuals of a problem at some values."""
+    problem = problem.with_devices(lambda device, _: forward_mode(device))
+    p, variance, there = problem.cells(values)
+    weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
+    return Informed(problem.information(values), problem.slopes(values), p, weights, problem.residuals(values))
 
 
 # ------------------------------------------------------------------------------------------------ posing

@@ -1,4 +1,4 @@
-"""How well a table determines its parameters: Fisher information, intervals, verdicts, and sentences.
+"""How well a table determines its parameters: Fisher information, intervals and verdicts.
 
 The expected Fisher information of independent cells with probability p_i and variance v_i is
 F = sum_i (dp_i/dtheta)(dp_i/dtheta)^T / v_i; its inverse bounds the covariance of any unbiased estimate (Cramér-Rao).
@@ -18,7 +18,8 @@ from calibration.parameters import FreeParameters, unit_of
 from twin.loop import AbstractMemristor
 from twin.planning import forward_mode
 
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
+"""Standard deviations from the middle of a 95 % interval to its end."""
 # Closer to an edge than this share of the box, and the search was stopped by the box.
 _AT_EDGE = 1e-3
 
@@ -98,7 +99,7 @@ def estimates(free: FreeParameters, values: np.ndarray, cov: np.ndarray) -> dict
     result = {}
     for k, name in enumerate(free.names):
         std = float(np.sqrt(cov[k, k]))
-        a, b = values[k] - _Z95 * std, values[k] + _Z95 * std
+        a, b = values[k] - Z95 * std, values[k] + Z95 * std
         share = (b - a) / (high[k] - low[k])
         if edge[k]:
             verdict = "at bound"
@@ -115,54 +116,3 @@ def correlation(cov: np.ndarray) -> np.ndarray:
     """Correlation matrix of a covariance."""
     std = np.sqrt(np.diag(cov))
     return cov / np.outer(std, std)
-
-
-def sentences(free: FreeParameters, found: dict[str, Estimate], cov: np.ndarray) -> list[str]:
-    """What the data do not determine, and which combinations they cannot tell apart, in words."""
-    notes = []
-    for verdict, text in (
-        ("not identified", "These data do not determine {}: the 95 % interval fills most of the prior box."),
-        ("weak", "These data determine {} only weakly: the interval is wide, or reaches the edge of the prior box."),
-        ("at bound", "The search was stopped by the prior box at {}: widen the box, or fix the parameter there."),
-    ):
-        names = [f"`{name}`" for name, e in found.items() if e.verdict == verdict]
-        if names:
-            notes.append(text.format(_listed(names)))
-    width = np.asarray(free.width)
-    values, vectors = np.linalg.eigh(cov / np.outer(width, width))
-    # Beside a direction without information, a small variance can round to below zero.
-    spans = 2 * _Z95 * np.sqrt(np.maximum(values, 0.0))
-    for span, vector in zip(spans[::-1], vectors.T[::-1], strict=True):
-        members = [int(k) for k in np.argsort(-np.abs(vector)) if abs(vector[k]) > 0.3]
-        if span < 0.25 or len(members) < 2:
-            continue
-        names = [f"`{free.names[k]}`" for k in members]
-        notes.append(
-            f"These data cannot tell {_listed(names)} apart: along the combination "
-            f"{_combination(free, members, vector)} the 95 % interval spans "
-            f"{span:.2g} of the prior box; fix one of them, or add data that separate them."
-        )
-    matrix = correlation(cov)
-    for i in range(len(free.names)):
-        for j in range(i):
-            if abs(matrix[i, j]) > 0.9:
-                sign = "together" if matrix[i, j] > 0 else "in opposite directions"
-                notes.append(
-                    f"`{free.names[j]}` and `{free.names[i]}` can move {sign} at little cost "
-                    f"(correlation {matrix[i, j]:+.2f})."
-                )
-    return notes
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _combination(free: FreeParameters, members: list[int], vector: np.ndarray) -> str:
-    """The direction in the parameters' own units, per unit of its first member."""
-    steps = vector * np.asarray(free.width)
-    first = members[0]
-    parts = [f"`{free.names[first]}` + 1 {unit_of(free.names[first])}".rstrip()]
-    for k in members[1:]:
-        parts.append(f"`{free.names[k]}` {steps[k] / steps[first]:+.3g} {unit_of(free.names[k])}".rstrip())
-    return "(" + ", ".join(parts) + ")"

@@ -6,19 +6,23 @@ search that fails leaves them too, with the reason.
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
+from calibration import intervals
 from calibration.data import LoopTable
 from calibration.fit import FitResult, fit
-from calibration.likelihood import Experiment, Observations
+from calibration.likelihood import Experiment, Prediction
+from calibration.observations import Observations
 from calibration.parameters import unit_of
+from calibration.posterior import sample
 from experiments import report
 from experiments.build import device_from
-from experiments.progress import search_progress
+from experiments.progress import search_progress, work_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
-from experiments.schema import Config
+from experiments.schema import Config, Uncertainty
 
 # Parameters of the device that are reported as fixed where they are not free.
 _FIXED = (
@@ -29,35 +33,50 @@ _FIXED = (
 )
 
 
-def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str, Any]:
-    """Calibrate the configured device to a table.
+def run(config: Config, tables: dict[str, LoopTable], out: RunFolder, seed: int) -> dict[str, Any]:
+    """Calibrate the configured device to recorded tables.
 
     Args:
         config: with a table [fit].
-        table: the recorded loops.
+        tables: the recorded loops by name.
         out: the run folder.
-        seed: of the random starts.
+        seed: of the starts.
 
     Returns:
         What ``result.json`` holds.
     """
     assert config.fit is not None
+    settings = config.fit
     clock = Stopwatch()
-    out.log(f"{table.name}: {len(table)} cycles; {len(config.fit.free)} free parameters, {config.fit.starts} starts")
+    for table in tables.values():
+        out.log(f"{table.name}: {len(table)} cycles")
+    out.log(f"{len(settings.free)} free parameters, {settings.starts} starts")
     device = device_from(config)
     with search_progress(out, "log-likelihood") as progress:
-        found = fit(device, table, config.fit.free, starts=config.fit.starts, seed=seed, on_progress=progress)
+        found = fit(
+            device,
+            tables,
+            settings.free,
+            optimizer=settings.optimizer,
+            starts=settings.starts,
+            sampling=settings.sampling,
+            per_table=settings.per_table,
+            noise=settings.noise,
+            seed=seed,
+            on_progress=progress,
+        )
     seconds = clock.stop()
     out.log(
         f"{found.status}; chi2/dof {found.chi2_per_dof:.3f}; "
         + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     )
+    hashes = {name: table.sha256 for name, table in tables.items()}
     result = {
         "kind": "fit",
         "status": found.status,
         "parameters": _parameters(config, found),
         "correlation": {
-            "names": list(config.fit.free),
+            "names": list(found.problem.names),
             "matrix": found.correlation.tolist() if found.parameters else [],
         },
         "log_likelihood": found.log_likelihood,
@@ -65,24 +84,101 @@ def run(config: Config, table: LoopTable, out: RunFolder, seed: int) -> dict[str
         "n_data": found.n_data,
         "n_free": found.n_free,
         "notes": found.notes,
+        "degeneracies": [
+            {"names": g.names, "direction": g.direction, "span": g.span, "structural": g.structural}
+            for g in found.degeneracies
+        ],
+        "areas": {name: {"value": value, "std": std} for name, (value, std) in found.areas.items()},
         "basins": [{"log_likelihood": b.log_likelihood, "starts": b.starts, "values": b.values} for b in found.basins],
         "history": found.history,
+        "emulation": found.emulation,
         "seed": seed,
         "seconds": seconds,
         "seconds_by_stage": found.seconds,
         **provenance(),
-        "data_sha256": table.sha256,
+        "data_sha256": hashes if len(hashes) > 1 else next(iter(hashes.values())),
     }
     out.write_result(result)  # first: what follows cannot lose it
-    if found.prediction is not None:
-        out.write_arrays(_arrays(table, found))
+    arrays = _arrays(tables, found) if found.predictions else None
+    if arrays is not None and found.converged:
+        arrays = arrays.merge(_intervals(config.uncertainty, found, out, result))
+        out.write_result(result)
+    if arrays is not None:
+        out.write_arrays(arrays)
     report.write(out)
     for name, one in result["parameters"].items():
         if one["verdict"] != "fixed":
             out.log(f"  {name:<22} {one['value']: .6g} ± {one['std']:.2g} {one['unit']:<7} {one['verdict']}")
-    for note in found.notes:
+    for note in result["notes"]:
         out.log(f"  {note}")
     return result
+
+
+def _intervals(wanted: Uncertainty, found: FitResult, out: RunFolder, result: dict[str, Any]) -> xr.Dataset:
+    """What the table [uncertainty] asks for: added to `result`, its curves and draws as arrays."""
+    problem, names = found.problem, list(found.problem.names)
+    methods: dict[str, dict[str, tuple[float, float]]] = {
+        "laplace": {name: e.ci95 for name, e in found.parameters.items()}
+    }
+    arrays: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    notes = list(found.notes)
+    with work_progress(out) as progress:
+        profiled = intervals.chosen(names, wanted.profile)
+        for k, name in enumerate(profiled):
+            progress("profiles", k, len(profiled))
+            one = intervals.profile(problem, found.values, found.covariance, name)
+            methods.setdefault("profile", {})[name] = one.ci95
+            arrays[f"profile_{name}"] = (f"point_of_{name}", one.values)
+            arrays[f"deviance_{name}"] = (f"point_of_{name}", one.deviance)
+            if one.gain > 0.01:
+                notes.append(f"Holding `{name}` elsewhere found a likelihood {one.gain:.2f} nats higher: the search "
+                             "missed the optimum; use more starts.")  # fmt: skip
+            progress("profiles", k + 1, len(profiled))
+        if wanted.bootstrap:
+            boot = intervals.bootstrap(
+                problem, found.values, refits=wanted.bootstrap, seed=wanted.seed, on_progress=progress
+            )
+            methods["bootstrap"] = _by_name(names, boot.ci95)
+            summary["bootstrap"] = {"refits": wanted.bootstrap, "settled": boot.settled, "std": boot.std.tolist(),
+                                    "bias": boot.bias.tolist()}  # fmt: skip
+            arrays["bootstrap"] = (("refit", "parameter"), boot.draws)
+            if boot.settled < 0.9:
+                notes.append(f"Only {boot.settled:.0%} of the refits of the bootstrap reached an optimum.")
+        if wanted.posterior:
+            posterior = sample(
+                problem,
+                jnp.asarray(found.values),
+                chains=wanted.chains,
+                draws=wanted.draws,
+                warmup=wanted.warmup,
+                seed=wanted.seed,
+                on_progress=progress,
+            )
+            methods["posterior"] = _by_name(names, posterior.interval())
+            summary["posterior"] = {
+                "mean": posterior.flat.mean(0).tolist(),
+                "std": posterior.flat.std(0).tolist(),
+                "rhat": posterior.rhat.tolist(),
+                "effective": posterior.effective.tolist(),
+                "divergences": posterior.divergences,
+                "chains": wanted.chains,
+                "draws": wanted.draws,
+            }
+            arrays["posterior"] = (("chain", "draw", "parameter"), posterior.draws)
+            notes += posterior.doubts(problem.names)
+    if len(methods) == 1:
+        return xr.Dataset()
+    boxes = problem.free.boxes
+    notes += intervals.disagreements(methods, boxes)
+    result["intervals"] = methods
+    result["uncertainty"] = {"names": names, **summary}
+    result["notes"] = notes
+    return xr.Dataset(arrays, coords={"parameter": np.array(names, dtype=object)})
+
+
+def _by_name(names: list[str], ends: np.ndarray) -> dict[str, tuple[float, float]]:
+    return {name: (float(low), float(high)) for name, low, high in zip(names, *ends, strict=True)}
 
 
 def _parameters(config: Config, found: FitResult) -> dict[str, Any]:
@@ -93,18 +189,25 @@ def _parameters(config: Config, found: FitResult) -> dict[str, Any]:
     }
     for name in _FIXED:
         value = getattr(config.device, name)
-        if name in rows or value is None or name in (config.fit.free if config.fit else ()):
+        if value is None or name in (config.fit.free if config.fit else ()):
             continue
         if config.device.platform == "ion" or name.startswith("readout"):
             rows[name] = {"value": value, "std": 0.0, "ci95": [value, value], "unit": unit_of(name), "verdict": "fixed"}
     return rows
 
 
-def _arrays(table: LoopTable, found: FitResult) -> xr.Dataset:
-    """Each row of the table: settings, what was measured, and the calibrated twin's probabilities."""
-    assert found.prediction is not None
+def _arrays(tables: dict[str, LoopTable], found: FitResult) -> xr.Dataset:
+    """Each row of each table: settings, what was measured, and the calibrated twin's probabilities."""
+    parts = [_rows(table, found.predictions[name]) for name, table in tables.items()]
+    if len(parts) > 1:
+        parts = [
+            p.assign(table=("row", np.full(p.sizes["row"], n, object))) for n, p in zip(tables, parts, strict=True)
+        ]
+    return xr.concat(parts, dim="row")
+
+
+def _rows(table: LoopTable, prediction: Prediction) -> xr.Dataset:
     experiment = Experiment.from_table(table)
-    prediction = found.prediction
     columns: dict[str, np.ndarray] = {
         "loop": table.loop.astype(object),
         "cycle": table.cycle,
@@ -116,7 +219,11 @@ def _arrays(table: LoopTable, found: FitResult) -> xr.Dataset:
         "p_y": np.asarray(prediction.p_y),
         "valid": np.asarray(prediction.valid),
     }
-    for name, observed, p in (("x", experiment.x, prediction.p_x), ("y", experiment.y, prediction.p_y)):
+    measured = [("x", experiment.x, prediction.p_x), ("y", experiment.y, prediction.p_y)]
+    if experiment.m is not None:
+        columns["p_m"] = np.asarray(prediction.p_m)
+        measured.append(("m", experiment.m, prediction.p_m))
+    for name, observed, p in measured:
         nothing = np.full(len(table), np.nan)
         columns[f"{name}_measured"] = nothing if observed is None else np.asarray(observed.estimate())
         columns[f"{name}_error"] = nothing if observed is None else _standard_errors(observed, np.asarray(p))

@@ -115,12 +115,12 @@ def fit(
     config: Path, data: Path | None, out: Path, replace: bool, seed: int | None, sets: Sequence[str], as_json: bool
 ) -> None:
     """Calibrate the twin to recorded loops; the demo is experiments/configs/demo.toml."""
-    from experiments.config import load_config, load_table
+    from experiments.config import load_config, load_tables
 
     resolved = load_config(config, verb="fit", sets=sets, data=data, seed=seed)
-    table = load_table(resolved)
+    tables = load_tables(resolved)
     with _run_folder(out, replace, resolved.to_toml()) as folder:
-        result = _pipeline("calibrate", "run", resolved, table, folder, resolved.seed_of("fit"))
+        result = _pipeline("calibrate", "run", resolved, tables, folder, resolved.seed_of("fit"))
     _finish(result, as_json, f"written to {out}")
 
 

@@ -29,12 +29,13 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_table",
+    "load_tables",
     "parse_config",
 ]
 
 VERBS: dict[str, tuple[str, ...]] = {
     "simulate": ("device", "memory", "simulate"),
-    "fit": ("device", "memory", "data", "fit"),
+    "fit": ("device", "memory", "data", "fit", "uncertainty"),
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
 }
@@ -101,30 +102,40 @@ def parse_config(
             option = " or give --data" if table == "data" else ""
             raise ConfigError(f"{name}: the table [{table}] is missing, which `iontwin {verb}` needs; add it{option}.")
     if config.data is not None:
-        table = os.path.abspath(base / config.data.table)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"table": table})})
+        place = lambda path: os.path.abspath(base / path)
+        paths = {"table": place(config.data.table), "more": {k: place(v) for k, v in config.data.more.items()}}
+        config = config.model_copy(update={"data": config.data.model_copy(update=paths)})
     return config
 
 
-def load_table(config: Config) -> LoopTable:
-    """Read the loop table of a configuration and check that the configured memory can work with it.
+def load_tables(config: Config) -> dict[str, LoopTable]:
+    """Read the loop tables of a configuration, by name, and check that the configured memory can work with them.
 
     Args:
         config: a configuration with a table [data].
 
-    Returns:
-        The validated table.
-
     Raises:
-        TableError: the table breaks a rule.
+        TableError: a table breaks a rule.
         ConfigError: the configuration names no table, or one that does not hold what is mapped or what the memory
             remembers.
     """
     if config.data is None:
         raise ConfigError("data.table is missing; name a loop table.")
+    return {
+        name: _load(config, path) for name, path in {config.data.name: config.data.table, **config.data.more}.items()
+    }
+
+
+def load_table(config: Config) -> LoopTable:
+    """The first of `load_tables`."""
+    return next(iter(load_tables(config).values()))
+
+
+def _load(config: Config, path: str) -> LoopTable:
+    assert config.data is not None
     columns = {name: column.model_dump(exclude_none=True) for name, column in config.data.columns.items()}
     try:
-        table = read_table(config.data.table, columns)
+        table = read_table(path, columns)
     except MappingError as error:
         raise ConfigError(f"data.{error}") from None
     inputs = table.n_x if table.kind == "counts" else table.x

@@ -54,3 +54,30 @@ def search_progress(out: RunFolder, quantity: str) -> Generator[Report]:
         yield report
         if tasks:
             close(list(tasks)[-1])
+
+
+Work = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def work_progress(out: RunFolder) -> Generator[Work]:
+    """Yields `report(what, done, of how many)`: a bar for each kind of work, its end kept in the log.
+
+    Args:
+        out: the run folder.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    tasks: dict[str, TaskID] = {}
+    began: dict[str, float] = {}
+
+    def report(what: str, done: int, most: int) -> None:
+        if what not in tasks:
+            tasks[what], began[what] = bar.add_task(what, total=most), time.perf_counter()
+        bar.update(tasks[what], completed=done, total=most)
+        if done >= most:
+            out.log(f"{what}: {done} in {time.perf_counter() - began[what]:.1f} s")
+
+    with bar:
+        yield report

@@ -137,6 +137,9 @@ def _are_columns(columns: Any) -> Any:
     return columns
 
 
+_Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+
+
 class Data(Table):
     """The recorded loops."""
 
@@ -149,6 +152,16 @@ class Data(Table):
         "a table [data.columns.NAME]",
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
     )
+    name: _Label = Field("loops", description="name of that table, where others stand beside it")
+    more: dict[_Label, str] = Field(
+        {}, description="further loop tables of the same device, name = 'path', with the same columns"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Data":
+        if self.name in self.more:
+            raise Refusal(f"more.{self.name}", "is the name of data.table already; give each table its own name")
+        return self
 
 
 _FREE_DEVICE = (
@@ -162,6 +175,9 @@ PARAMETERS: dict[str, Allowed] = {
     "window_cycles": allowed_range(Memory.model_fields["window_cycles"]),
 }
 """Parameters of the ion memristor that a fit may free and a sweep may vary, with their ranges."""
+
+FREE: dict[str, Allowed] = {**PARAMETERS, "overdispersion": Allowed(0.0, 0.5, "")}
+"""What a fit may free: parameters of the device, and of the noise."""
 
 COMMANDS: dict[str, Allowed] = {
     "amplitude_1": Allowed(0.0, 10.0, ""),
@@ -231,13 +247,50 @@ _LARGEST_SWEEP = 10_000_000
 
 
 class Fit(Table):
-    """Calibration: which parameters are free and how the search starts."""
+    """Calibration: which parameters are free and how the search is made."""
 
-    free: Annotated[dict[str, _Box], _within(PARAMETERS)] = _named(
-        PARAMETERS, "at least one free parameter as name = [low, high], its prior box, from which starts are drawn"
+    free: Annotated[dict[str, _Box], _within(FREE)] = _named(
+        FREE, "at least one free parameter as name = [low, high], its prior box, from which starts are drawn"
     )
-    starts: int = _number(16, 1, 4096, "", "random starts")
+    per_table: list[str] = Field(
+        [], description="free parameters of which each loop table has its own, NAME@TABLE in the result"
+    )
+    noise: Literal["binomial", "beta_binomial", "student_t"] = Field(
+        "binomial",
+        description="scatter of the data: projection noise (Gaussian for values), probabilities that fluctuate from "
+        "row to row (free `overdispersion`), or outliers",
+    )
+    optimizer: Literal["adam+lbfgs", "levenberg_marquardt"] = Field(
+        "adam+lbfgs", description="search: Adam then L-BFGS for any noise, or Levenberg-Marquardt for binomial"
+    )
+    starts: int = _number(16, 1, 4096, "", "starts of the search")
+    sampling: Literal["random", "sobol"] = Field("random", description="starts drawn from the boxes, or spread over")
     seed: int = _number(0, 0, _SEED, "", "seed of the starts")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Fit":
+        for k, name in enumerate(self.per_table):
+            if name not in self.free:
+                raise Refusal(f"per_table.{k}", f"is '{name}', which is not free; give it a box in fit.free")
+        if "overdispersion" in self.free and self.noise != "beta_binomial":
+            raise Refusal("free.overdispersion", f"has no meaning for fit.noise = '{self.noise}'; "
+                          "choose noise = 'beta_binomial', or remove it")  # fmt: skip
+        if self.optimizer == "levenberg_marquardt" and self.noise != "binomial":
+            raise Refusal("optimizer", f"is 'levenberg_marquardt', which cannot serve noise = '{self.noise}'; "
+                          "choose 'adam+lbfgs'")  # fmt: skip
+        return self
+
+
+class Uncertainty(Table):
+    """Intervals beyond the Fisher matrix, made after a fit; what is not asked for is not made."""
+
+    profile: list[str] = Field([], description="parameters whose likelihood is profiled; ['all'] for all")
+    posterior: bool = Field(False, description="whether the posterior is sampled (NUTS)")
+    chains: int = _number(4, 2, 64, "", "chains of the sampler")
+    draws: int = _number(1000, 100, 1_000_000, "", "draws of each chain")
+    warmup: int = _number(600, 100, 100_000, "", "steps of each chain that adapt the sampler")
+    bootstrap: int = _number(0, 0, 100_000, "", "refits of simulated tables (parametric bootstrap)")
+    seed: int = _number(0, 0, _SEED, "", "seed of draws and simulated tables")
 
 
 class Loop(Table):
@@ -325,6 +378,7 @@ class Config(Table):
     memory: Memory = Field(Memory(), description="the feedback")
     data: Data | None = Field(None, description="the recorded loops")
     fit: Fit | None = Field(None, description="calibration")
+    uncertainty: Uncertainty = Field(Uncertainty(), description="intervals beyond the Fisher matrix")
     simulate: Simulate | None = Field(None, description="loops to run")
     optimize: Optimize | None = Field(None, description="pulse design")
     sweep: Sweep | None = Field(None, description="batches")
@@ -338,6 +392,9 @@ class Config(Table):
             for name in names:
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
+        for k, name in enumerate(self.uncertainty.profile):
+            if self.fit and name != "all" and name not in self.fit.free:
+                raise Refusal(f"uncertainty.profile.{k}", f"is '{name}', which is not free; name a key of fit.free")
         if self.optimize is None:
             return self
         if self.device.platform == "photonic":
@@ -357,6 +414,7 @@ class Config(Table):
             "readout_error_bright",
             "readout_error_dark",
             "window_cycles",
+            "overdispersion",
         ):
             return "has no meaning for device.platform = 'photonic'; remove it"
         two = self.device.laser_linewidth_hz is None
@@ -382,6 +440,7 @@ TABLES: dict[str, type[Table]] = {
     "memory": Memory,
     "data": Data,
     "fit": Fit,
+    "uncertainty": Uncertainty,
     "simulate": Simulate,
     "optimize": Optimize,
     "sweep": Sweep,

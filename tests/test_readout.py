@@ -4,9 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
-from twin.readout import assignment_probability, sample_counts, standard_error
+from twin.readout import (
+    assignment_probability,
+    bright_photons,
+    dark_photons,
+    sample_counts,
+    standard_error,
+    threshold_errors,
+)
 
 
 def test_assignment_mixes_the_two_outcomes():
@@ -114,3 +121,65 @@ def test_a_new_value_does_not_recompile():
     for seed in range(3):
         draw(jax.random.key(seed), 0.1 * seed, 100.0 + seed, 0.01 * seed)
     assert len(traces) == 1
+
+
+# Detected photons a second of the ion and of the background, and the lifetime of 2D3/2.
+LAB = {"bright_rate_per_s": 50e3, "background_rate_per_s": 0.5e3, "lifetime_s": 52.7e-3}
+
+
+def photon_laws(detection_s):
+    n = jnp.arange(int(120e3 * detection_s) + 40)
+    rates = LAB["bright_rate_per_s"], LAB["background_rate_per_s"], detection_s
+    return bright_photons(n, *rates), dark_photons(n, *rates, LAB["lifetime_s"])
+
+
+@pytest.mark.parametrize(
+    ("detection_s", "threshold", "dark", "bright"), [(0.3e-3, 4, 4.24e-3, 1.87e-4), (1e-3, 30, 7.75e-3, 7.3e-4)]
+)
+def test_threshold_errors_of_the_reference(detection_s, threshold, dark, bright):
+    e_bright, e_dark = threshold_errors(threshold, **LAB, detection_s=detection_s)
+    assert e_dark == pytest.approx(dark, rel=2e-3)
+    assert e_bright == pytest.approx(bright, rel=1e-2)
+    laws = photon_laws(detection_s)
+    assert e_bright == pytest.approx(float(jnp.sum(laws[0][:threshold])), rel=1e-10)
+    assert e_dark == pytest.approx(float(jnp.sum(laws[1][threshold:])), rel=1e-9)
+
+
+@pytest.mark.parametrize("detection_s", [0.3e-3, 1e-3])
+def test_photon_laws_are_normalized_and_those_of_a_decay_in_time(detection_s):
+    bright, dark = photon_laws(detection_s)
+    np.testing.assert_allclose([jnp.sum(bright), jnp.sum(dark)], 1, atol=1e-12)
+    shining, background, lifetime = LAB["bright_rate_per_s"], LAB["background_rate_per_s"], LAB["lifetime_s"]
+    for n in (0, 1, 5, 17, 40):
+        mean = lambda u: background * detection_s + shining * (detection_s - u)
+        decayed = lambda u, n=n, mean=mean: np.exp(-u / lifetime) / lifetime * stats.poisson.pmf(n, mean(u))
+        late, _ = integrate.quad(decayed, 0, detection_s, epsabs=1e-14, epsrel=1e-11, limit=200)
+        never = np.exp(-detection_s / lifetime) * stats.poisson.pmf(n, background * detection_s)
+        assert dark[n] == pytest.approx(never + late, rel=1e-9, abs=1e-14)
+
+
+def test_photon_counts_of_simulated_shots():
+    rng, shots, t = np.random.default_rng(4), 400_000, 0.3e-3
+    after = np.maximum(t - rng.exponential(LAB["lifetime_s"], shots), 0)
+    seen = rng.poisson(LAB["background_rate_per_s"] * t + LAB["bright_rate_per_s"] * after)
+    _, e_dark = threshold_errors(4, **LAB, detection_s=t)
+    assert np.mean(seen >= 4) == pytest.approx(e_dark, abs=5 * np.sqrt(e_dark / shots))
+
+
+def test_threshold_errors_have_slopes_in_every_number():
+    names = ("bright_rate_per_s", "background_rate_per_s", "detection_s", "lifetime_s")
+    point = np.array([50e3, 0.5e3, 0.3e-3, 52.7e-3])
+    errors = lambda v: jnp.stack(threshold_errors(4, **dict(zip(names, v, strict=True))))
+    slopes = jax.jacrev(errors)(jnp.asarray(point))
+    for k in range(4):
+        step = 1e-5 * point * (np.arange(4) == k)
+        difference = (errors(point + step) - errors(point - step)) / (2e-5 * point[k])
+        np.testing.assert_allclose(slopes[:, k], difference, rtol=1e-6, atol=1e-12 / point[k])
+
+
+def test_bad_photon_laws_are_refused():
+    with pytest.raises(ValueError, match="`threshold` must be at least 1, but is 0"):
+        threshold_errors(0, **LAB, detection_s=1e-3)
+    with pytest.raises(ValueError, match=r"`bright_rate_per_s \* lifetime_s` must be larger than 1, but is 0.5"):
+        dark_photons(2, 10.0, 0.0, 1e-3, 0.05)
+    assert np.isnan(jax.jit(dark_photons)(2, 10.0, 0.0, 1e-3, 0.05))

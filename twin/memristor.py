@@ -22,7 +22,7 @@ from twin.emulator import EmulatedSeries, EmulatedTable
 from twin.levels import SCHEMES, LevelSystem, Scheme
 from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
 from twin.memory import AbstractMemory
-from twin.motion import carrier_factor, thermal_quadrature
+from twin.motion import carrier_factors
 from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
@@ -236,13 +236,11 @@ class IonMemristor(AbstractMemristor):
 
         Phonon numbers come first, before the `axes` axes of the cycles and their batch.
         """
-        numbers, weights = (
-            a.reshape(a.shape[:1] + (1,) * (axes + 1 - a.ndim) + a.shape[1:])
-            for a in thermal_quadrature(self.n_bar, self.phonon_nodes)
-        )
-        early = numbers + self.heating_rate_per_s * self.lead_s
+        early = self.heating_rate_per_s * self.lead_s
         late = early + self.heating_rate_per_s * self.separation_s
-        return carrier_factor(self.eta_1, early), carrier_factor(self.eta_2, late), weights
+        pulses = ((self.eta_1, early), (self.eta_2, late))
+        (factor_1, factor_2), weights = carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
+        return factor_1, factor_2, weights
 
     def system(self, detuning_1_set_hz, detuning_2_set_hz) -> LevelSystem:
         """The level graph at these laser offsets."""

@@ -4,8 +4,13 @@ A phonon number n slows the carrier to `Omega_n = Omega exp(-eta^2/2) L_n(eta^2)
 cycle, so that x and y are averaged jointly: y = sum_n p_n x_n (1 - R_n) with p_n = n_bar^n / (n_bar + 1)^(n + 1).
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+from scipy.linalg import eigh_tridiagonal
+from scipy.special import eval_laguerre
 
 # Terms of the series of L_n(z) for real n; with n z < 8 the last one is below 1e-16.
 _LAGUERRE_TERMS = 48
@@ -49,3 +54,60 @@ def carrier_factor(eta: Float[Array, "..."], n: Float[Array, "..."]) -> Float[Ar
     k = jnp.arange(_LAGUERRE_TERMS).reshape((-1,) + (1,) * len(jnp.broadcast_shapes(jnp.shape(z), jnp.shape(n))))
     terms = jnp.cumprod((k - n) * z / (k + 1) ** 2, axis=0)
     return jnp.exp(-z / 2) * (1 + jnp.sum(terms, axis=0))
+
+
+def carrier_factors(
+    n_bar: Float[Array, "..."], nodes: int, pulses: Sequence[tuple], axes: int
+) -> tuple[list[Float[Array, "nodes ..."]], Float[Array, "nodes ..."]]:
+    """Debye-Waller factors of pulses on one thermal ion, phonon number by phonon number of the quadrature.
+
+    Args:
+        n_bar: mean phonon number at preparation, shape (*batch).
+        nodes: of the quadrature.
+        pulses: (eta, phonons gained before it) of each pulse, numbers that broadcast to the axes below.
+        axes: how many axes (cycles or rows, then their batch) follow that of the phonon numbers.
+
+    Returns:
+        The factors of each pulse, and the weights; phonon numbers come first.
+    """
+    numbers, weights = (
+        a.reshape(a.shape[:1] + (1,) * (axes + 1 - a.ndim) + a.shape[1:]) for a in thermal_quadrature(n_bar, nodes)
+    )
+    return [carrier_factor(eta, numbers + gained) for eta, gained in pulses], weights
+
+
+def thermal_error(n_bar: float, eta: float, area_rad: float, nodes: int) -> float:
+    """Error of the quadrature in sin^2(theta_n / 2), the largest for areas theta up to `area_rad`.
+
+    Detuned and damped pulses oscillate no faster in their area, so the resonant one is the hard case.
+    """
+    area = np.linspace(0, area_rad, 65)[1:, None]
+    # p_n below 1e-14 is left out.
+    n = np.arange(2 + int(33 * (n_bar + 1)))
+    exact = np.exp(n * np.log(n_bar / (n_bar + 1)) - np.log(n_bar + 1)) if n_bar > 0 else 1.0 * (n == 0)
+    slowed = np.exp(-(eta**2) / 2) * eval_laguerre(n, eta**2)
+    # The nodes of `thermal_quadrature`, without compiling anything.
+    k = np.arange(nodes)
+    at, vectors = eigh_tridiagonal(k * (2 * n_bar + 1) + n_bar, k[1:] * np.sqrt(n_bar * (n_bar + 1)))
+    weights, factors = vectors[0] ** 2, np.exp(-(eta**2) / 2) * eval_laguerre(at, eta**2)
+    transfer = lambda factor: np.sin(area * factor / 2) ** 2
+    return float(np.max(np.abs(transfer(factors) @ weights - transfer(slowed) @ exact)))
+
+
+_MOST_NODES = 128
+
+
+def nodes_for(n_bar: float, eta: float, area_rad: float, error: float) -> int:
+    """Fewest nodes (1, 2, 3, 4, 6, 8, 12, ... 128) whose `thermal_error` is below `error`.
+
+    Raises:
+        ValueError: not even the largest number serves.
+    """
+    sizes = [1, 2, 3] + [k * 2**j for j in range(2, 8) for k in (1, 1.5) if k * 2**j <= _MOST_NODES]
+    for nodes in map(int, sizes):
+        if thermal_error(n_bar, eta, area_rad, nodes) <= error:
+            return nodes
+    raise ValueError(
+        f"an area of {area_rad:g} rad on an ion with n_bar = {n_bar:g} and eta = {eta:g} needs more than "
+        f"{_MOST_NODES} thermal nodes for an error of {error:g}; lower the area or `n_bar`, or raise `error`."
+    )

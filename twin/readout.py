@@ -1,9 +1,10 @@
-"""Readout by shelving: from the dark population to what the detector says, shot by shot."""
+"""Readout by shelving: from the dark population to what the detector says, shot by shot, and photon by photon."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.scipy.special import gammainc, gammaincc, gammaln, xlogy
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
@@ -104,3 +105,80 @@ def standard_error(probability: Real[ArrayLike, "*#batch"], shots: Real[ArrayLik
     """
     p = _in_unit_interval(probability)
     return jnp.sqrt(p * (1.0 - p) / jnp.asarray(shots, float))
+
+
+def bright_photons(
+    photons: Real[ArrayLike, "*#batch"],
+    bright_rate_per_s: Real[ArrayLike, "*#batch"],
+    background_rate_per_s: Real[ArrayLike, "*#batch"],
+    detection_s: Real[ArrayLike, "*#batch"],
+) -> Float[Array, "..."]:
+    """Probability of counting n photons from a bright ion: Poisson with mean (R_B + R_D) t.
+
+    Args:
+        photons: n, a non-negative whole number.
+        bright_rate_per_s: R_B, detected photons of the ion a second.
+        background_rate_per_s: R_D, counted whether or not the ion shines.
+        detection_s: t, how long is counted.
+    """
+    mean = (jnp.asarray(bright_rate_per_s, float) + background_rate_per_s) * detection_s
+    return _poisson(jnp.asarray(photons, float), mean)
+
+
+def dark_photons(
+    photons: Real[ArrayLike, "*#batch"],
+    bright_rate_per_s: Real[ArrayLike, "*#batch"],
+    background_rate_per_s: Real[ArrayLike, "*#batch"],
+    detection_s: Real[ArrayLike, "*#batch"],
+    lifetime_s: Real[ArrayLike, "*#batch"],
+) -> Float[Array, "..."]:
+    """Probability of counting n photons from a shelved ion, which shines from the moment it decays.
+
+        P(n) = e^(-g t) Pois(n; R_D t)
+             + (g / R_B) e^(-g t (1 + R_D / R_B)) k^-(n+1) [ P(n+1, k (R_D + R_B) t) - P(n+1, k R_D t) ]
+
+    with g = 1 / lifetime, k = 1 - g / R_B and P the regularised lower gamma function: the mean count of a decay at
+    time u is R_D t + R_B (t - u), averaged over the exponential law of u.
+
+    Args:
+        photons, bright_rate_per_s, background_rate_per_s, detection_s: see `bright_photons`; R_B above g.
+        lifetime_s: of the shelved level, s, finite.
+
+    Raises:
+        ValueError: an ion that decays faster than it shines; NaN in its lane while tracing.
+    """
+    n, shining = jnp.asarray(photons, float), jnp.asarray(bright_rate_per_s, float)
+    background, t, decay = (jnp.asarray(a, float) for a in (background_rate_per_s, detection_s, 1 / lifetime_s))
+    hint = "The law holds for an ion that counts photons before it decays."
+    _require("bright_rate_per_s * lifetime_s", shining / decay, lambda r: r > 1, "larger than 1", hint)
+    k = jnp.where(shining > decay, 1 - decay / shining, jnp.nan)
+    late, early = gammainc(n + 1, k * (background + shining) * t), gammainc(n + 1, k * background * t)
+    weight = decay / shining * jnp.exp(-decay * t * (1 + background / shining) - (n + 1) * jnp.log(k))
+    return jnp.exp(-decay * t) * _poisson(n, background * t) + weight * (late - early)
+
+
+def threshold_errors(
+    threshold: int,
+    bright_rate_per_s: Real[ArrayLike, "*#batch"],
+    background_rate_per_s: Real[ArrayLike, "*#batch"],
+    detection_s: Real[ArrayLike, "*#batch"],
+    lifetime_s: Real[ArrayLike, "*#batch"],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(readout_error_bright, readout_error_dark) of calling a shot dark below `threshold` photons.
+
+    Args:
+        threshold: fewest photons of a shot that is called bright, at least 1.
+        bright_rate_per_s, background_rate_per_s, detection_s, lifetime_s: see `dark_photons`.
+    """
+    if threshold < 1:
+        raise ValueError(f"`threshold` must be at least 1, but is {threshold}. No shot has fewer than 0 photons.")
+    mean = (jnp.asarray(bright_rate_per_s, float) + background_rate_per_s) * detection_s
+    # A bright ion is called dark below the threshold: the Poisson law summed is an upper gamma function.
+    missed = gammaincc(float(threshold), mean)
+    numbers = jnp.arange(threshold, dtype=float).reshape((-1,) + (1,) * mean.ndim)
+    called_dark = dark_photons(numbers, bright_rate_per_s, background_rate_per_s, detection_s, lifetime_s)
+    return missed, 1 - jnp.sum(called_dark, axis=0)
+
+
+def _poisson(n: Float[Array, "..."], mean: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.exp(xlogy(n, mean) - mean - gammaln(n + 1))
