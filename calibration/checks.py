@@ -378,7 +378,7 @@ def check(problem: Problem, tables: LoopTable | Mapping[str, LoopTable], values)
         },
         misfit={
             part.name: {
-                column: _cells_of(layout, number, column, misfit)[: part.rows] for column in layout.columns[number]
+                column: _cells_of(layout, number, column, misfit)[: int(part.rows)] for column in layout.columns[number]
             }
             for number, part in enumerate(problem.parts)
         },

@@ -30,8 +30,6 @@ from twin.hysteresis import form_factor, signed_area
 _BLOCKS = 5
 _STEPS = 15
 _BATCH = 10
-# Precision of the uniform prior in unbounded coordinates, as in `least_squares`.
-_PRIOR = 3 / np.pi**2
 # Commands of two periods are equal if they differ by less: tables hold some nine digits.
 _SAME_COMMAND = 1e-6
 
@@ -55,7 +53,7 @@ def folds(problem: Problem, tables: LoopTable | Mapping[str, LoopTable]) -> list
         every = [(part, f"{label}, cycles {c[0]} to {c[-1]}", piece) for c, piece in zip(cycles, blocks, strict=True)]
     found = []
     for part, label, rows in every:
-        masks = tuple(np.isin(np.arange(p.rows), rows) & (p.name == part) for p in problem.parts)
+        masks = tuple(np.isin(np.arange(int(p.rows)), rows) & (p.name == part) for p in problem.parts)
         found.append(Fold(f"loop {label}" + (f" of {part}" if len(named) > 1 else ""), masks))
     return found
 
@@ -95,13 +93,19 @@ def terms(problem: Problem, values: Float[Array, " parameters"]) -> Float[Array,
     return jnp.concatenate([column.terms(p, noise) for column, p in problem.predicted(values)])
 
 
-def drawn(problem: Problem, u: Float[Array, " parameters"], key: PRNGKeyArray, count: int) -> Float[Array, "count n"]:
-    """Values from the Laplace approximation of the posterior in unbounded coordinates: they never leave the box."""
-    values, slopes = jax.jvp(problem.free.bounded, (u,), (jnp.ones_like(u),))
-    precision = slopes[:, None] * problem.information(values) * slopes + _PRIOR * jnp.eye(u.size)
+def drawn(
+    problem: Problem, values: Float[Array, " parameters"], key: PRNGKeyArray, count: int
+) -> Float[Array, "count n"]:
+    """Values from the Laplace approximation of the posterior, in coordinates in which the prior is normal.
+
+    They never leave the box.
+    """
+    z = problem.free.to_normal(_inside(problem, values))
+    values, slopes = jax.jvp(problem.free.from_normal, (z,), (jnp.ones_like(z),))
+    precision = slopes[:, None] * problem.information(values) * slopes + jnp.eye(z.size)
     size, axes = jnp.linalg.eigh(precision)
-    steps = jax.random.normal(key, (count, u.size)) / jnp.sqrt(jnp.maximum(size, _PRIOR))
-    return problem.free.bounded(u + steps @ axes.T)
+    steps = jax.random.normal(key, (count, z.size)) / jnp.sqrt(jnp.maximum(size, 1.0))
+    return problem.free.from_normal(z + steps @ axes.T)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def held_out(
         draws: synthetic folds that tell what is expected. seed: of these.
     """
     found = folds(problem, tables)
-    start = problem.free.unbounded(_inside(problem, values))
+    start = jnp.asarray(values, float)
     scores = np.asarray(_held_out(problem, left_out(problem, found), start, jax.random.key(seed), draws))
     result = []
     for fold, (own, *expected) in zip(found, scores, strict=True):
@@ -157,11 +161,10 @@ def _held_out(problem: Problem, out, start, key, draws: int):
     def one(given):
         left, key = given
         train = masked(problem, ~left)
-        u = least_squares.descend_one(train, start, steps=_STEPS).points
-        values = problem.free.bounded(u)
+        values = least_squares.descend_one(train, start, steps=_STEPS).values
         score = lambda asked: jnp.sum(jnp.where(left, terms(asked, values), 0.0))
         keys = jax.random.split(key, draws + 1)
-        real = drawn(train, u, keys[0], draws)
+        real = drawn(train, values, keys[0], draws)
         made = lax.map(lambda a: score(problem.simulated(*a)), (keys[1:], real), batch_size=_BATCH)
         return jnp.concatenate([score(problem)[None], made])
 
@@ -169,7 +172,7 @@ def _held_out(problem: Problem, out, start, key, draws: int):
 
 
 def _inside(problem: Problem, values) -> Float[Array, " parameters"]:
-    """Values moved off the edges of the box, where unbounded coordinates are infinite."""
+    """Values moved off the edges of the box, where normal coordinates are infinite."""
     low, width = problem.free.low, problem.free.width
     return low + width * jnp.clip((jnp.asarray(values, float) - low) / width, 1e-6, 1 - 1e-6)
 
@@ -217,7 +220,7 @@ def posterior_predictive(
     periods = _periods(problem, tables)
     key, sampling = jax.random.split(jax.random.key(seed))
     if isinstance(draws, int):
-        draws = _drawn(problem, problem.free.unbounded(_inside(problem, values)), sampling, draws)
+        draws = _drawn(problem, jnp.asarray(values, float), sampling, draws)
     numbers, chi2 = _replicated(problem, [rows for _, _, rows in periods], jnp.asarray(draws), key)
     own, made = np.asarray(numbers[0][0]), np.asarray(numbers[1])
     result = []
@@ -229,7 +232,7 @@ def posterior_predictive(
     return result
 
 
-def _compared(name: str, own: np.ndarray, made: np.ndarray) -> Predictive:
+def _compared(name: str, own: np.ndarray | np.floating, made: np.ndarray) -> Predictive:
     above = np.mean(np.concatenate([np.atleast_1d(made >= own), [True]]))
     below = np.mean(np.concatenate([np.atleast_1d(made <= own), [True]]))
     p = min(1.0, 2 * float(min(above, below)))
@@ -264,8 +267,8 @@ def period_of(x_set: np.ndarray) -> int:
 
 
 @eqx.filter_jit
-def _drawn(problem: Problem, u, key, count: int):
-    return drawn(least_squares.forward(problem), u, key, count)
+def _drawn(problem: Problem, values, key, count: int):
+    return drawn(least_squares.forward(problem), values, key, count)
 
 
 @eqx.filter_jit

@@ -44,9 +44,9 @@ _STARTS, _STEPS = 6, 30
 # What the closed form knows of an ion; all else is dropped from its fit.
 _OF_CLOSED_FORM = (
     *("rabi_scale_1", "rabi_scale_2", "readout_error_bright", "readout_error_dark", "n_bar", "eta_1", "eta_2"),
-    *("sigma_1_s", "sigma_2_s", "window_cycles"),
+    *("sigma_1_s", "sigma_2_s", "window_cycles", "overdispersion"),
 )
-_SCALE, _READOUT_ERROR, _TRANSFER = (0.5, 1.5), (0.0, 0.1), (0.0, 1.0)
+_SCALE, _TRANSFER = (0.5, 1.5), (0.0, 1.0)
 
 
 class LinearDrift(AbstractMemory):
@@ -195,6 +195,7 @@ def rivals(
     boxes: Mapping[str, tuple[float, float]],
     *,
     full: Problem | None = None,
+    noise: str = "binomial",
 ) -> tuple[list[Rival], list[str]]:
     """Every model that can be told from the others by this table, and sentences about those that cannot.
 
@@ -202,7 +203,7 @@ def rivals(
         device: the configured ion.
         table: recorded loops.
         boxes: prior box of each free parameter of the fit.
-        full: the problem of the full twin, where it is posed already.
+        full: the problem of the full twin, where it is posed already. noise: law of the scatter, the same for all.
 
     Raises:
         ValueError: a device that is no ion.
@@ -211,14 +212,15 @@ def rivals(
         raise ValueError(f"rivals are those of the ion memristor, but the device is a {type(device).__name__}; "
                          "check it without them.")  # fmt: skip
     notes: list[str] = []
-    full = pose(device, table, boxes).problem if full is None else full
+    posed = lambda *asked: pose(*asked, noise=noise).problem
+    full = posed(device, table, boxes) if full is None else full
     found = [Rival(FULL, full, "the configured device")]
     kept = {name: box for name, box in boxes.items() if name in _OF_CLOSED_FORM} or {"rabi_scale_1": _SCALE}
     closed = dataclasses.replace(device, method=ClosedForm())
     if isinstance(device.method, ClosedForm):
         notes.append("The configured device is the closed form itself, so the two are one.")
     else:
-        found.append(Rival(CLOSED, pose(closed, table, kept).problem, "pulses resonant and apart, without decay"))
+        found.append(Rival(CLOSED, posed(closed, table, kept), "pulses resonant and apart, without decay"))
     if table.r_set is not None:
         notes.append("Exponential and window memory cannot be told apart: the table records `r_set`, so that no model "
                      "of the memory is used; leave that column out to compare them.")  # fmt: skip
@@ -227,11 +229,11 @@ def rivals(
     else:
         other, its_table = _other_kernel(device, table)
         kernel = "window memory" if isinstance(other.memory, MovingAverage) else "exponential memory"
-        found.append(Rival(KERNEL, pose(other, its_table, boxes).problem, f"{kernel} of equal mean lag"))
-    base = {name: boxes[name] for name in ("rabi_scale_1", "readout_error_bright", "readout_error_dark")
-            if name in boxes}  # fmt: skip
+        found.append(Rival(KERNEL, posed(other, its_table, boxes), f"{kernel} of equal mean lag"))
+    shared = ("rabi_scale_1", "readout_error_bright", "readout_error_dark", "overdispersion")
+    base = {name: boxes[name] for name in shared if name in boxes}
     base = base or {"rabi_scale_1": _SCALE}
-    fixed = {name: getattr(device, name) for name in ("rabi_scale_1", "readout_error_bright", "readout_error_dark")}
+    fixed = {name: getattr(device, name) for name in shared[:3]}
     ignored = dataclasses.replace(table, r_set=np.full(len(table), 0.5), sha256="")
     driven = dataclasses.replace(table, r_set=None, window_cycles=None, sha256="")
     constant = Memoryless(device.scheme, **fixed)
@@ -244,7 +246,7 @@ def rivals(
         (INSTANTANEOUS, linear, ignored, {"r_at_0": _TRANSFER, "r_at_1": _TRANSFER}, "no memory, r linear in x_set"),
         (CLASSICAL, classical, driven, drift, "linear ion drift with Joglekar's window"),
     ):
-        found.append(Rival(name, pose(one, data, base | extra).problem, words))
+        found.append(Rival(name, posed(one, data, base | extra), words))
     return found, notes
 
 
@@ -308,7 +310,7 @@ def compare(
     rows = []
     for rival in field:
         out = predictive.left_out(rival.problem, predictive.folds(rival.problem, table))
-        begin = rival.problem.free.unbounded(rival.problem.free.draw(jax.random.key(seed), starts))
+        begin = rival.problem.free.draw(jax.random.key(seed), starts)
         values, value, terms, there = (np.asarray(a) for a in _fitted(rival.problem, out, begin))
         rows.append((rival, values, float(value), terms[there]))
     best = max(range(len(rows)), key=lambda k: np.sum(rows[k][3]))
@@ -335,7 +337,7 @@ def _fitted(problem: Problem, out, starts):
         asked = predictive.masked(problem, ~left)
         found = jax.vmap(lambda u: least_squares.descend_one(asked, u, steps=_STEPS))(starts)
         best = jnp.argmax(jnp.where(jnp.isfinite(found.log_likelihood), found.log_likelihood, -jnp.inf))
-        values = problem.free.bounded(found.points[best])
+        values = found.values[best]
         return values, found.log_likelihood[best], jnp.where(left, predictive.terms(problem, values), 0.0)
 
     # The fit of all data is one of the same kind, which leaves nothing out.

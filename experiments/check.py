@@ -1,13 +1,13 @@
 """`iontwin check`: is the model of a fit right? Residual tests, predictive checks, held-out loops and rivals.
 
-Leaves ``result.json`` (tests with p-values, verdict, sentences), ``arrays.nc`` (residuals, smooth part) and the
-report.
+Leaves ``result.json`` (tests with p-values, verdict, sentences), ``arrays.nc`` (residuals, smooth part) and the report.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
@@ -24,13 +24,18 @@ from experiments.schema import Config
 
 
 def run(
-    config: Config, table: LoopTable, fitted: Mapping[str, Any], out: RunFolder, with_rivals: bool, seed: int
+    config: Config,
+    tables: dict[str, LoopTable],
+    fitted: Mapping[str, Any],
+    out: RunFolder,
+    with_rivals: bool,
+    seed: int,
 ) -> dict[str, Any]:
-    """Check a fit against a table.
+    """Check a fit against tables.
 
     Args:
         config: of the fit, with a table [fit].
-        table: the loops to be explained.
+        tables: the loops to be explained, by name.
         fitted: ``result.json`` of the fit; its parameters are where the search starts.
         out: the run folder.
         with_rivals: also fit and rank the rival explanations.
@@ -40,25 +45,26 @@ def run(
         What ``result.json`` holds.
     """
     assert config.fit is not None
+    settings = config.fit
     clock = Stopwatch()
-    out.log(f"{table.name}: {len(table)} cycles; the fit's {len(config.fit.free)} free parameters")
+    for table in tables.values():
+        out.log(f"{table.name}: {len(table)} cycles")
     device = device_from(config)
-    problem = pose(device, table, config.fit.free).problem
-    start = np.array([fitted["parameters"][name]["value"] for name in problem.names], float)
-    low, width = np.asarray(problem.free.low), np.asarray(problem.free.width)
-    start = low + width * np.clip((start - low) / width, 1e-6, 1 - 1e-6)
-    descent = descend(problem, problem.free.unbounded(start)[None], rounds=2)
-    values = problem.free.bounded(descent.points[0])
-    found = checks.check(problem, table, values)
-    left = predictive.held_out(problem, table, values, seed=seed)
-    made = predictive.posterior_predictive(problem, table, values, seed=seed)
+    problem = pose(device, tables, settings.free, per_table=settings.per_table, noise=settings.noise).problem
+    values = descend(problem, _start(problem, fitted)[None], rounds=2).values[0]
+    found = checks.check(problem, tables, values)
+    left = predictive.held_out(problem, tables, values, seed=seed)
+    made = predictive.posterior_predictive(problem, tables, values, seed=seed)
     said = [*found.sentences, *(one.sentence for one in left), *(one.sentence for one in made)]
-    comparison = None
+    ranking: list[others.Ranked] = []
     if with_rivals:
         out.log("fitting rival explanations")
-        field, notes = others.rivals(device, table, config.fit.free, full=problem)
+        (table,) = tables.values()
+        field, notes = others.rivals(device, table, settings.free, full=problem, noise=settings.noise)
         comparison = others.compare(field, table, seed=seed, notes=notes)
+        ranking = comparison.ranking
         said += comparison.sentences
+    hashes = {name: table.sha256 for name, table in tables.items()}
     result = {
         "kind": "check",
         "status": "done",
@@ -68,39 +74,50 @@ def run(
         "directions": found.directions,
         "held_out": [dataclasses.asdict(one) for one in left],
         "posterior_predictive": [dataclasses.asdict(one) for one in made],
-        "rivals": [dataclasses.asdict(one) for one in comparison.ranking] if comparison else [],
+        "rivals": [dataclasses.asdict(one) for one in ranking],
         "sentences": said,
         "notes": said[1:],
         "seed": seed,
         "seconds": clock.stop(),
         **provenance(),
-        "data_sha256": table.sha256,
+        "data_sha256": hashes if len(hashes) > 1 else next(iter(hashes.values())),
     }
-    out.write_result(result)
-    out.write_arrays(_arrays(problem, table, values, found))
+    out.write_result(result)  # first: what follows cannot lose it
+    out.write_arrays(_arrays(problem, tables, values, found))
     report.write(out)
     for sentence in said:
         out.log(f"  {sentence}")
     return result
 
 
-def _arrays(problem: Problem, table: LoopTable, values, found: checks.Check) -> xr.Dataset:
-    """Each row: phase of the input in turns, measured minus model, and the smooth part of it."""
-    (part,) = problem.parts
-    assert isinstance(part.data, Loops)
-    prediction = part.data.prediction(problem.device(part, values), problem.own_window(part))
-    half = np.arccos(np.clip(1 - 2 * table.x_set, -1, 1)) / (2 * np.pi)
-    columns: dict[str, np.ndarray] = {
-        "loop": table.loop.astype(object),
-        "cycle": table.cycle,
-        "x_set": table.x_set,
-        "phase": np.where(checks.direction(table) < 0, 1 - half, half),
-    }
-    for name, misfit in found.misfit[part.name].items():
-        observed, p = getattr(part.data.experiment, name), getattr(prediction, f"p_{name}")
-        columns[f"gap_{name}"] = np.asarray(observed.estimate() - p)[: part.rows]
-        columns[f"misfit_{name}"] = misfit
-    dataset = xr.Dataset({name: ("row", column) for name, column in columns.items()})
-    for name in dataset.data_vars:
-        dataset[name].attrs["units"] = "1"
+def _start(problem: Problem, fitted: Mapping[str, Any]) -> Any:
+    """The estimates of the fit, inside the box."""
+    given = jnp.array([fitted["parameters"][name]["value"] for name in problem.names], float)
+    return jnp.clip(given, problem.free.low, problem.free.high)
+
+
+def _arrays(problem: Problem, tables: dict[str, LoopTable], values, found: checks.Check) -> xr.Dataset:
+    """Each row of each table: phase of the input in turns, measured minus model, and the smooth part of it."""
+    parts = []
+    for part, (name, table) in zip(problem.parts, tables.items(), strict=True):
+        assert isinstance(part.data, Loops)
+        prediction = part.data.prediction(problem.device(part, values), problem.own_window(part))
+        half = np.arccos(np.clip(1 - 2 * table.x_set, -1, 1)) / (2 * np.pi)
+        label = table.loop if len(tables) == 1 else [f"{loop} of {name}" for loop in table.loop]
+        columns: dict[str, np.ndarray] = {
+            "loop": np.asarray(label, object),
+            "cycle": table.cycle,
+            "x_set": table.x_set,
+            "phase": np.where(checks.direction(table) < 0, 1 - half, half),
+        }
+        for column in ("x", "y", "m"):
+            observed, nothing = getattr(part.data.experiment, column), np.full(len(table), np.nan)
+            if any(column in misfit for misfit in found.misfit.values()):
+                gap = nothing if observed is None else observed.estimate() - getattr(prediction, f"p_{column}")
+                columns[f"gap_{column}"] = np.asarray(gap)[: len(table)]
+                columns[f"misfit_{column}"] = found.misfit[name].get(column, nothing)
+        parts.append(xr.Dataset({key: ("row", column) for key, column in columns.items()}))
+    dataset = xr.concat(parts, dim="row")
+    for key in dataset.data_vars:
+        dataset[key].attrs["units"] = "1"
     return dataset

@@ -230,20 +230,22 @@ def check(
     run: Path, data: Path | None, rivals: bool, out: Path, replace: bool, seed: int | None, as_json: bool
 ) -> None:
     """Test whether the model of a fit is right, and compare it with rival explanations."""
-    from experiments.config import load_config, load_table
+    from experiments.config import load_config, load_tables
     from experiments.records import CONFIG, OutputError, Run
 
     finished = Run(run)
     if finished.result.get("kind") != "fit" or not finished.result.get("parameters"):
         raise OutputError(f"{run}: this run holds no calibrated parameters; name the folder of a fit that ended well.")
     config = load_config(run / CONFIG, verb="fit", data=data, seed=seed)
-    table = load_table(config)
+    tables = load_tables(config)
     if rivals and config.device.platform != "ion":
         raise click.UsageError(
             "--rivals are those of the ion, but device.platform is 'photonic'; leave the option out."
         )
+    if rivals and len(tables) > 1:
+        raise click.UsageError(f"--rivals take one table, but this fit has {len(tables)}; leave the option out.")
     with _run_folder(out, replace, config.to_toml()) as folder:
-        result = _pipeline("check", "run", config, table, finished.result, folder, rivals, config.seed_of("fit"))
+        result = _pipeline("check", "run", config, tables, finished.result, folder, rivals, config.seed_of("fit"))
     _finish(result, as_json, f"written to {out}")
 
 

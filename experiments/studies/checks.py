@@ -154,8 +154,8 @@ def _tested(setup, keys):
 
     def one(key):
         problem = model.with_observed(truth.simulated(key, true_values).observed)
-        found = descend_one(problem, problem.free.unbounded(start), steps=_STEPS)
-        return residual_tests(problem, layout, problem.free.bounded(found.points)), found.converged
+        found = descend_one(problem, start, steps=_STEPS)
+        return residual_tests(problem, layout, found.values), found.converged
 
     return jax.lax.map(one, keys, batch_size=_BATCH)
 
