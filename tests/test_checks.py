@@ -100,7 +100,7 @@ def test_scatter_is_exact_where_counts_are_small():
     wrong = stats.chi2(df=len(few) * 2 - 1).sf(np.asarray(naive))
     assert stats.kstest(np.asarray(p), "uniform").pvalue > 1e-3
     assert np.mean(np.asarray(p) < 0.05) < 0.085
-    assert stats.kstest(wrong, "uniform").pvalue < 1e-6
+    assert np.mean(wrong < 0.05) > 0.12
 
 
 def test_the_shape_does_not_depend_on_where_the_search_ended(table):

@@ -137,7 +137,8 @@ def test_the_other_kernel_has_the_same_mean_lag():
     assert isinstance(part.device.memory, Exponential)
     assert float(part.device.memory.tau_cycles) == 5.5
     fed = np.asarray(table.n_x / table.shots)[:37]
-    np.testing.assert_allclose(part.data.experiment.r_set[:37], Exponential(5.0).filter(jnp.asarray(fed)), atol=1e-12)
+    r = part.data.prediction(part.device, False).r[:37]
+    np.testing.assert_allclose(r, Exponential(5.0).filter(jnp.asarray(fed)), atol=1e-12)
 
 
 def test_recorded_transfers_hide_the_kernel():

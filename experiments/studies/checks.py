@@ -182,7 +182,7 @@ def moved(case: Case) -> float:
 
 def cases(quick: bool = False) -> list[Case]:
     """The right model, then each wrong one at several strengths."""
-    kernel = (1.0, 0.1) if quick else (1.0, 0.2, 0.1, 0.05)
+    kernel = (1.0, 0.2) if quick else (1.0, 0.2, 0.15, 0.1, 0.05)
     leak = (0.06,) if quick else (0.06, 0.05, 0.04, 0.02)
     separations = ((4000, 2.5),) if quick else ((4000, 2.5), (4000, 3.0), (400, 2.5))
     return [
