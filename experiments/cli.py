@@ -317,6 +317,37 @@ def compare(incumbent: Path, candidate: Path, tables: Sequence[Path], as_json: b
     _finish(result, as_json)
 
 
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), metavar="TABLE", help="Loop table, in place of the fit's own.")
+@click.option("--rivals", is_flag=True, help="Fit rival explanations as well, and rank them.")
+@_out
+@_replace
+@_seed
+@_json
+def check(
+    run: Path, data: Path | None, rivals: bool, out: Path, replace: bool, seed: int | None, as_json: bool
+) -> None:
+    """Test whether the model of a fit is right, and compare it with rival explanations."""
+    from experiments.config import load_config, load_tables
+    from experiments.records import CONFIG, OutputError, Run
+
+    finished = Run(run)
+    if finished.result.get("kind") != "fit" or not finished.result.get("parameters"):
+        raise OutputError(f"{run}: this run holds no calibrated parameters; name the folder of a fit that ended well.")
+    config = load_config(run / CONFIG, verb="fit", data=data, seed=seed)
+    tables = load_tables(config)
+    if rivals and config.device.platform != "ion":
+        raise click.UsageError(
+            "--rivals are those of the ion, but device.platform is 'photonic'; leave the option out."
+        )
+    if rivals and len(tables) > 1:
+        raise click.UsageError(f"--rivals take one table, but this fit has {len(tables)}; leave the option out.")
+    with _run_folder(out, replace, config.to_toml()) as folder:
+        result = _pipeline("check", "run", config, tables, finished.result, folder, rivals, config.seed_of("fit"))
+    _finish(result, as_json, f"written to {out}")
+
+
 def _prepare_jax() -> None:
     """Settings that JAX reads from the environment when it is first imported."""
     precision = os.environ.get("JAX_ENABLE_X64", "1")

@@ -316,3 +316,45 @@ def drift(columns: Columns) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=7)
     return figure
+
+
+@_styled
+def misfit(columns: Columns) -> Figure:
+    """Residuals of each measured column against the phase of the input, with their smooth part.
+
+    Args:
+        columns: one value a row: `phase` in turns, and `gap_x`, `misfit_x`, `gap_y`, `misfit_y` where measured.
+    """
+    names = [name for name in ("x", "y", "m") if f"misfit_{name}" in columns]
+    figure, axes = _figure(len(names), 3.0, 4.4)
+    for ax, name in zip(axes, names, strict=True):
+        for (label, rows), colour, marker in zip(
+            _each_loop(columns, "phase", f"gap_{name}", f"misfit_{name}"),
+            (BLUE, ORANGE, GREEN, GREY) * 25, "osD^" * 25, strict=False,
+        ):  # fmt: skip
+            order = np.argsort(rows["phase"], kind="stable")
+            phase = rows["phase"][order]
+            ax.plot(phase, rows[f"gap_{name}"][order], marker, ms=2.5, color=colour, alpha=0.35)
+            ax.plot(phase, rows[f"misfit_{name}"][order], color=colour, lw=1.3, label=f"loop {label}")
+        ax.axhline(0, color="black", lw=0.6)
+        ax.set(title=name, xlabel="phase of the input (turns)", ylabel="measured minus model")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+@_styled
+def rivals(ranking: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held-out log-likelihood of each model minus that of the best one.
+
+    Args:
+        ranking: {"name", "difference", "error"} of each model, best first.
+    """
+    figure, (ax,) = _figure(1, 1.0 + 0.4 * len(ranking), 6.6)
+    places = np.arange(len(ranking))
+    errors = [2 * one["error"] for one in ranking]
+    ax.barh(places, [one["difference"] for one in ranking], xerr=errors, color=BLUE, ecolor=ORANGE, height=0.55)
+    ax.set_yticks(places, [one["name"] for one in ranking])
+    ax.invert_yaxis()
+    ax.set_xscale("symlog", linthresh=10)
+    ax.set(xlabel="held-out log-likelihood minus that of the best model (nats)")
+    return figure

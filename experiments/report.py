@@ -28,7 +28,15 @@ _QUANTITIES = {
     "area": "loop area",
     "form_factor": "form factor of the loop",
 }
-_TITLES = {"fit": "Calibration", "simulate": "Simulation", "optimize": "Pulse design", "track": "Tracking"}
+_TITLES = {
+    "fit": "Calibration",
+    "simulate": "Simulation",
+    "optimize": "Pulse design",
+    "track": "Tracking",
+    "check": "Check of the model",
+    "coverage": "Coverage of intervals",
+    "design": "Next measurement",
+}
 
 
 class Picture(NamedTuple):
@@ -125,6 +133,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         )
     if "y_before" in columns:
         yield Picture("loop", "The loop", "One period, before and after.", plots.loops_before_after(columns))
+    if result.get("kind") == "check":
+        yield from _check_pictures(result, columns)
     stages = result.get("history")
     stages = {"search": stages} if isinstance(stages, list) else stages or {}
     if any(stages.values()):
@@ -157,6 +167,8 @@ def verdict(result: Mapping[str, Any]) -> str:
         bound = f", populations to {max(errors):.0e}" if errors else ""
         many = "loop" if len(result["loops"]) == 1 else "loops"
         parts.append(f"{len(result['loops'])} {many} of the device as configured, by {' and '.join(methods)}{bound}.")
+    if kind == "check":
+        parts += result.get("sentences", [])[:1]
     if kind == "optimize":
         parts += _design_in_words(result)
     if kind == "track":
@@ -247,7 +259,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     status = str(result.get("status", "unknown"))
     return environment.get_template("report.html.j2").render(
         title=_TITLES.get(result.get("kind", ""), "Run"),
-        good=status in ("converged", "done"),
+        good=status in ("converged", "done") and not result.get("rejected", False),
         verdict=verdict(result),
         result=result,
         parameters={name: _readable(one) for name, one in parameters.items() if one["verdict"] != "fixed"},
@@ -257,6 +269,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         loops=result.get("loops", {}),
         basins=result.get("basins", [])[:6],
         tracked=result["tables"][-200:] if result.get("kind") == "track" else [],
+        tests=result.get("tests", {}) if result.get("kind") == "check" else {},
         notes=result.get("notes", []),
         pictures=shown,
         seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},
@@ -267,3 +280,22 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
             if result.get(key) is not None
         },
     )
+
+
+def _check_pictures(result: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
+    """Residuals with their smooth part, and how much worse each rival predicts held-out loops."""
+    if "misfit_y" in columns or "misfit_x" in columns:
+        yield Picture(
+            "shape",
+            "Residuals against the phase of the input",
+            "Measured minus model. Line: the smooth part that the test of shape found, beyond what the parameters "
+            "can take up. x_set rises over the left half of each panel and falls over the right one.",
+            plots.misfit(columns),
+        )
+    if len(result.get("rivals", [])) > 1:
+        yield Picture(
+            "rivals",
+            "Rival explanations",
+            "Held-out log-likelihood of each model minus that of the best one, with two standard errors.",
+            plots.rivals(result["rivals"]),
+        )
