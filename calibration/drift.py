@@ -31,7 +31,8 @@ from calibration import bad_data
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, bucketed
 from calibration.parameters import unit_of
-from calibration.problem import Loops, Part, Problem, pose
+from calibration.posing import pose
+from calibration.problem import Loops, Part, Problem
 from twin.loop import AbstractMemristor
 
 LOOPS_PER_FALSE_ALARM = 3000

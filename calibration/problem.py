@@ -134,15 +134,15 @@ class Scanned(eqx.Module):
 class Part(eqx.Module):
     """One table with the device that is to explain it, planned or emulated for the boxes.
 
-    `rows` counts those of the table; arrays may hold filler after them. Parameters ``NAME@PART`` are this part's if it
-    `shares` those of PART.
+    `rows` counts those of the table; arrays may hold filler after them. A part that `shares` those of another has the
+    parameters ``NAME@OTHER``; without, its own.
     """
 
     name: str = eqx.field(static=True)
     device: AbstractMemristor
     data: Data
     rows: Int[Array, ""] = eqx.field(converter=jnp.asarray)
-    shares: str = eqx.field(static=True)
+    shares: str = eqx.field(static=True, default="")
 
 
 class Problem(eqx.Module):
@@ -168,7 +168,7 @@ class Problem(eqx.Module):
         own = {}
         for name, value in zip(self.names, values, strict=True):
             base, _, place = name.partition("@")
-            if place in ("", part.shares) and base not in NOISE_PARAMETERS:
+            if place in ("", part.shares or part.name) and base not in NOISE_PARAMETERS:
                 own[base] = value
         return with_parameters(part.device, own)
 
@@ -179,7 +179,7 @@ class Problem(eqx.Module):
 
     def own_window(self, part: Part) -> bool:
         """Whether the device's window, rather than the table's, supplies the transfers of a part."""
-        return bool({"window_cycles", f"window_cycles@{part.shares}"} & set(self.names))
+        return bool({"window_cycles", f"window_cycles@{part.shares or part.name}"} & set(self.names))
 
     def predicted(self, values: Float[Array, " parameters"]) -> list[tuple[Observations, Float[Array, " rows"]]]:
         """Measured columns of all parts with their model probabilities."""

@@ -32,7 +32,8 @@ from jaxtyping import Array, Float
 from calibration import least_squares, predictive
 from calibration.data import LoopTable
 from calibration.parameters import value_of
-from calibration.problem import Problem, pose
+from calibration.posing import pose
+from calibration.problem import Problem
 from twin.batching import physical
 from twin.loop import AbstractMemristor, Responder, Response, Settings
 from twin.memory import AbstractMemory, Exponential, MovingAverage

@@ -15,7 +15,8 @@ from calibration import checks, predictive
 from calibration import rivals as others
 from calibration.data import LoopTable
 from calibration.least_squares import descend
-from calibration.problem import Loops, Problem, pose
+from calibration.posing import pose
+from calibration.problem import Loops, Problem
 from experiments import report
 from experiments.build import device_from
 from experiments.provenance import Stopwatch, provenance

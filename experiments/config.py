@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from calibration.data import LoopTable, MappingError, read_table
 from calibration.scan_tables import ScanTable, read_scan
 from experiments.messages import ConfigError, explain
-from experiments.schema import COMMANDS, PARAMETERS, TABLES, Column, Config, Loop, Table
+from experiments.schema import TABLES, Config, Loop
+from experiments.schema_device import COMMANDS, PARAMETERS, Column, Table
 
 __all__ = [
     "COMMANDS",
@@ -38,6 +39,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "simulate": ("device", "memory", "simulate"),
     "fit": ("device", "memory", "data", "fit", "uncertainty"),
     "coverage": ("device", "memory", "fit", "simulate", "coverage"),
+    "design": ("device", "memory", "design"),
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
     "track": ("device", "memory"),

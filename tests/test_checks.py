@@ -19,7 +19,7 @@ from calibration import checks, predictive
 from calibration.checks import LEVEL, TESTS, Layout, check, residual_tests
 from calibration.data import synthesize, write_table
 from calibration.least_squares import descend_one
-from calibration.problem import pose
+from calibration.posing import pose
 from experiments.studies import checks as study
 
 ROOT = Path(__file__).parents[1]

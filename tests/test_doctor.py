@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import doctor
-from experiments.cli import _leaves
+from experiments.console import leaves as _leaves
 from twin.memristor import ClosedForm
 
 

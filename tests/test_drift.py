@@ -13,7 +13,8 @@ from calibration import bad_data, drift
 from calibration.data import LoopTable, synthesize
 from calibration.drift import Reference, Tracker
 from calibration.parameters import with_parameters
-from calibration.problem import Problem, pose
+from calibration.posing import pose
+from calibration.problem import Problem
 
 FREE = tables.SCALES | tables.READOUT
 NAMES = tuple(FREE)

@@ -19,7 +19,7 @@ from experiments import simulate
 from experiments.build import device_from, memory_from
 from experiments.config import Config, parse_config
 from experiments.records import Run, RunFolder
-from experiments.schema import Device
+from experiments.schema_device import Device
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 

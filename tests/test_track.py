@@ -18,7 +18,7 @@ import xarray as xr
 from calibration import drift, twin_file
 from calibration.data import synthesize, write_table
 from calibration.parameters import with_parameters
-from calibration.problem import pose
+from calibration.posing import pose
 from experiments import cli
 from experiments.config import parse_config
 from experiments.records import RunFolder

@@ -22,7 +22,8 @@ from calibration.checks import LEVEL, Layout, ResidualTests, residual_tests
 from calibration.data import LoopTable
 from calibration.least_squares import descend_one
 from calibration.likelihood import Experiment
-from calibration.problem import Loops, Part, Problem, pose
+from calibration.posing import pose
+from calibration.problem import Loops, Part, Problem
 from twin.batching import physical
 from twin.loop import AbstractMemristor, Responder, Response, Settings
 from twin.memory import AbstractMemory, Exponential, MovingAverage

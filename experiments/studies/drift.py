@@ -14,7 +14,8 @@ import numpy as np
 
 from calibration.data import LoopTable
 from calibration.drift import Reference, Step, Tracker, threshold
-from calibration.problem import Problem, pose
+from calibration.posing import pose
+from calibration.problem import Problem
 from experiments.build import device_from
 from experiments.config import load_config, load_table
 
