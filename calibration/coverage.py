@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 from scipy.stats import beta, chisquare
 
 from calibration.intervals import CHI2_95
@@ -64,7 +64,9 @@ class Coverage(NamedTuple):
 
 
 @eqx.filter_jit
-def trials(problem: Problem, truth: Float[Array, " parameters"], keys: PRNGKeyArray, *, profile: bool) -> Trials:
+def trials(
+    problem: Problem, truth: Float[Array, " parameters"], keys: Key[Array, " tables"], *, profile: bool
+) -> Trials:
     """Fits of tables simulated at a truth, from there; a key a table.
 
     Args:
@@ -100,7 +102,9 @@ def trials(problem: Problem, truth: Float[Array, " parameters"], keys: PRNGKeyAr
 
 
 @eqx.filter_jit
-def ranks(problem: Problem, keys: PRNGKeyArray, *, draws: int, thin: int, warmup: int) -> Int[Array, "tables n"]:
+def ranks(
+    problem: Problem, keys: Key[Array, " tables"], *, draws: int, thin: int, warmup: int
+) -> Int[Array, "tables n"]:
     """Rank of a truth drawn from the prior among thinned draws of its posterior, a table a key.
 
     Args:

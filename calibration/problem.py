@@ -141,7 +141,7 @@ class Part(eqx.Module):
     name: str = eqx.field(static=True)
     device: AbstractMemristor
     data: Data
-    rows: Int[Array, ""] = eqx.field(converter=jnp.asarray)
+    rows: Int[Array, ""] = eqx.field(converter=lambda rows: jnp.asarray(rows, int))
     shares: str = eqx.field(static=True, default="")
 
 
