@@ -218,6 +218,7 @@ FAULTS = {
     "branches of one loop": (lambda t: each_loop(t, mirrored, ("n_y",), ("B",)), "branches of loop B", "exchanged"),
     "ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 350)), "saturation", "cells of x at 0.875"),
     "low ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 200)), "saturation", "ceiling"),
+    "ceiling of one loop": (lambda t: each_loop(t, lambda a: np.minimum(a, 350), loops=("B",)), "saturation", "loop B"),
     "faint ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 376)), "saturation", "ceiling"),
     "floor": (lambda t: each_loop(t, lambda a: np.maximum(a, 40)), "saturation", "floor"),
     "no y": (lambda t: each_loop(t, lambda a: np.where(np.arange(41) // 10 == 2, np.nan, a), ("n_y",)),
