@@ -174,6 +174,9 @@ def test_the_filter_follows():
     assert np.all(np.abs(before.mean - TRUTH) < 4 * before.std)
     assert np.all(np.abs(last.mean - TRUTH - change) < 4 * last.std)
     assert np.all(before.std < errors())
+    # At the alarm the estimate jumps; without that it would come halfway, and say that it was sure.
+    first = next(step for step in steps if step.verdict == "recalibrate")
+    assert np.all(np.abs(first.mean - TRUTH - change) < 2.5 * first.std)
     percent = float(last.reason.split("by ")[1].split(" %")[0])
     assert abs(percent - 100 * change[0] / TRUTH[0]) < 0.5
 

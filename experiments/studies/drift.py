@@ -121,9 +121,9 @@ def _mirrored(counts: np.ndarray) -> np.ndarray:
 FAULTS: dict[str, tuple[str, tuple[str, ...], Callable[[np.ndarray], np.ndarray]]] = {
     "columns slipped by one cycle": ("phase slip", ("n_x", "n_y"), lambda n: np.roll(n, 1)),
     "columns slipped by five cycles from the middle on": (
-        "phase slip", ("n_x", "n_y"), lambda n: np.concatenate([n[:60], np.roll(n[60:], 5)])),
+        "phase slip", ("n_x", "n_y"), lambda n: np.concatenate([n[:60], n[55:-5]])),
     "branches of the output exchanged": ("branches", ("n_y",), _mirrored),
-    "counts end at 95 % of the shots": ("saturation", ("n_x", "n_y"), lambda n: np.minimum(n, 380)),
+    "counts end at 90 % of the shots": ("saturation", ("n_x", "n_y"), lambda n: np.minimum(n, 360)),
     "counts end at 80 % of the shots": ("saturation", ("n_x", "n_y"), lambda n: np.minimum(n, 320)),
     "half a period of y not measured": (
         "part of a period is missing", ("n_y",), lambda n: np.where((np.arange(len(n)) // 20) == 1, np.nan, n)),
@@ -137,7 +137,7 @@ def fault(lab: Laboratory, kind: str, tables: int) -> str:
     for s in range(tables):
         observed = lab.drawn(50_000, s, lab.truth).observed[0]
         new = {name: np.array(n)[: len(lab.table)] for name, n in zip(("n_x", "n_y"), observed, strict=True)}
-        rows = lab.table.rows(lab.table.labels[1])
+        rows = lab.table.rows(lab.table.labels[0])
         for name in columns:
             new[name][rows] = spoil(new[name][rows])
         table = dataclasses.replace(lab.table, **new, sha256="")
