@@ -11,6 +11,7 @@ kind is named if it gains more than `MUCH_BETTER` nats and takes away most of th
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ _LEFT = 0.4
 _GAP = 0.25
 # Ties at one value that make a ceiling or floor; values closer than this share of the range are tied.
 _LEAST_TIES = 4
+# Nats that ties of one column of one loop must gain to be counted: some tie by chance.
+_GAIN_OF_TIES = 6.0
 _ITERATIONS = 8
 
 
@@ -375,22 +378,23 @@ def _saturated(table: LoopTable, cells: Cells) -> _Reading | None:
     best: tuple[float, _Reading] | None = None
     for sign in (1, -1):
         every, parts = np.zeros(len(cells.p), bool), []
-        for column, name in enumerate(_names(table)):
-            inside = cells.there & (np.arange(len(cells.p)) // _rows(cells) == column)
-            if not np.any(inside):
-                continue
-            level = float(np.max(sign * share[inside]) * sign)
+        for column, label in itertools.product(range(cells.columns), table.labels):
+            inside = np.zeros(len(cells.p), bool)
+            inside[column * _rows(cells) + table.rows(label)] = True
+            inside &= cells.there
+            level = float(np.max(sign * share, where=inside, initial=-np.inf) * sign)
             tied = inside & (share == level)
             # All or none of the shots is where counts end anyway.
             ends = level in (0.0, 1.0) and bool(np.any(cells.counted))
-            if np.sum(tied) >= _LEAST_TIES and not ends and _gain_of_censoring(cells, cells, tied, sign) > 0:
-                every |= tied
-                parts.append(f"{int(np.sum(tied))} cells of {name} at {level:.3g}")
+            if np.sum(tied) < _LEAST_TIES or ends or _gain_of_censoring(cells, cells, tied, sign) < _GAIN_OF_TIES:
+                continue
+            every |= tied
+            parts.append(f"{int(np.sum(tied))} cells of {_names(table)[column]} at {level:.3g} in loop {label}")
         if not parts:
             continue
         gained = _gain_of_censoring(cells, cells, every, sign)
         if best is None or gained > best[0]:
-            said = f"of saturation: counts pile at a {'ceiling' if sign > 0 else 'floor'}, {' and '.join(parts)}"
+            said = f"of saturation: counts pile at a {'ceiling' if sign > 0 else 'floor'}, {', '.join(parts)}"
             compare = lambda then, plain, t=every, s=sign: _gain_of_censoring(then, plain, t, s)
             best = (gained, _Reading(said, lambda c, t=every: c.only(~t), compare))
     return best[1] if best else None

@@ -31,11 +31,11 @@ from calibration import bad_data
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, bucketed
 from calibration.parameters import unit_of
-from calibration.posing import pose
+from calibration.posing import Posed, pose
 from calibration.problem import Loops, Part, Problem
 from twin.loop import AbstractMemristor
 
-LOOPS_PER_FALSE_ALARM = 3000
+LOOPS_PER_FALSE_ALARM = 2000
 # Loops after a possible change; the time since the stream began is always among them.
 _AGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _STREAMS, _LOOPS = 600, 250
@@ -183,12 +183,18 @@ class Tracker:
         std = np.sqrt(np.diag(self.covariance))
         return Step(verdict, reason, self.mean.copy(), std, own / self.scale, float(statistic), float(misfit))
 
+    def adopt(self, posed: Posed, table: LoopTable) -> "Tracker":
+        """Takes over a device that was emulated for this table and these boxes before."""
+        own = np.unique(np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1), axis=0)
+        self._posed = (own, posed.problem, posed.reference)
+        return self
+
     def problem(self, table: LoopTable) -> Problem:
         """The reference's question about another table; one device, emulated once, serves all with the same offsets."""
         own = np.unique(np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1), axis=0)
         if self._posed is None or not all(np.any(np.all(self._posed[0] == row, axis=1)) for row in own):
-            posed = pose(self.device, table, self.reference.boxes)
-            self._posed = (own, posed.problem, posed.reference)
+            self.adopt(pose(self.device, table, self.reference.boxes), table)
+        assert self._posed is not None
         offsets, template, slow = self._posed
         window = "window_cycles" in self.reference.names
         data = bucketed(slow.parts[0].device, Experiment.from_table(table, offsets), own_window=window)

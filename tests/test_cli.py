@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "experiments" / "configs" / "demo.toml"
+VERBS = ("simulate", "fit", "optimize", "sweep", "report", "reproduce", "doctor", "track", "predict", "compare")
 HEAVY = ("jax", "equinox", "diffrax", "matplotlib", "xarray", "pandas", "zarr", "scipy")
 BOUND_S = 1.5  # of a refusal; the help of the program itself is held to 0.5 s below
 
@@ -105,7 +106,18 @@ def fastest(*arguments: object) -> tuple[float, subprocess.CompletedProcess[str]
 def test_help_is_fast():
     seconds, done = fastest("--help")
     assert done.returncode == 0
-    for verb in ("simulate", "fit", "optimize", "sweep", "report", "reproduce", "doctor"):
+    for verb in (
+        "simulate",
+        "fit",
+        "optimize",
+        "sweep",
+        "report",
+        "reproduce",
+        "doctor",
+        "track",
+        "predict",
+        "compare",
+    ):
         assert f"\n  {verb} " in done.stdout
     assert "JAX_COMPILATION_CACHE_DIR" in done.stdout
     assert seconds < 0.5
@@ -123,8 +135,7 @@ def test_refusals_are_fast(tmp_path):
         assert seconds < BOUND_S
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--schema"], *([verb, "--help"] for verb in (
-    "simulate", "fit", "optimize", "sweep", "report", "reproduce", "doctor"))])  # fmt: skip
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--schema"], *([verb, "--help"] for verb in VERBS)])
 def test_answers_without_importing_jax(arguments):
     done = run(*arguments)
     assert done.returncode == 0
@@ -197,6 +208,12 @@ CASES = [  # arguments with names of bad files in braces, parts of the message
     (["optimize", "{demo}", "--from", "{failed}", "--out", "{out}"], ["this run is no fit"]),
     (["optimize", "{demo}", "--from", "absent", "--out", "{out}"], ["absent: this is no run folder"]),
     (["report", "absent"], ["absent: this is no run folder"]),
+    (["track", "{demo}", "--from", "{failed}", "--out", "{out}", "x.csv"], ["this run is no fit"]),
+    (["track", "{demo}", "--from", "absent", "--out", "{out}", "x.csv"], ["absent: this is no run folder"]),
+    (["track", "{demo}", "x.csv", "--out", "{out}"], ["Missing option '--from'"]),
+    (["predict", "absent", "--out", "{out}"], ["either a configuration"]),
+    (["compare", "absent", "absent"], ["Missing argument 'TABLES...'"]),
+    (["compare", "absent", "absent", "{counts.csv}"], ["line 2, column n_y is 10"]),
 ]
 
 

@@ -175,6 +175,9 @@ def test_the_filter_follows():
     assert np.all(np.abs(before.mean - TRUTH) < 4 * before.std)
     assert np.all(np.abs(last.mean - TRUTH - change) < 4 * last.std)
     assert np.all(before.std < errors())
+    # At the alarm the estimate jumps; without that it would come halfway, and say that it was sure.
+    first = next(step for step in steps if step.verdict == "recalibrate")
+    assert np.all(np.abs(first.mean - TRUTH - change) < 2.5 * first.std)
     percent = float(last.reason.split("by ")[1].split(" %")[0])
     assert abs(percent - 100 * change[0] / TRUTH[0]) < 0.5
 
@@ -219,6 +222,7 @@ FAULTS = {
     "branches of one loop": (lambda t: each_loop(t, mirrored, ("n_y",), ("B",)), "branches of loop B", "exchanged"),
     "ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 350)), "saturation", "cells of x at 0.875"),
     "low ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 200)), "saturation", "ceiling"),
+    "ceiling of one loop": (lambda t: each_loop(t, lambda a: np.minimum(a, 350), loops=("B",)), "saturation", "loop B"),
     "faint ceiling": (lambda t: each_loop(t, lambda a: np.minimum(a, 376)), "saturation", "ceiling"),
     "floor": (lambda t: each_loop(t, lambda a: np.maximum(a, 40)), "saturation", "floor"),
     "no y": (lambda t: each_loop(t, lambda a: np.where(np.arange(41) // 10 == 2, np.nan, a), ("n_y",)),
