@@ -344,14 +344,15 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     problem, free = posed.problem, posed.problem.free
     at = jax.tree.map(np.asarray, informed(problem, optimum))
     predictions, value, p_own = _checked(posed.reference, optimum)
-    cov = uncertainty.covariance(at.information, np.asarray(free.width))
     residuals = at.residuals[np.isfinite(at.residuals)]
     notes = list(posed.notes)
+    information = at.information
     if problem.noise.kind == "student_t":
-        cov = cov * m_estimation(residuals)
+        information = information / m_estimation(residuals)
         far = int(np.sum(np.abs(residuals) > 4))
         notes.append(f"{far} of {len(residuals)} cells lie more than four standard errors from the model; the t-law "
                      "gives them little weight.")  # fmt: skip
+    cov = uncertainty.covariance(information, np.asarray(free.width))
     std = np.sqrt(np.diag(cov))
     emulation = {}
     if posed.reference is not problem:
@@ -368,7 +369,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
                          "emulated dynamics are too coarse here; narrow the boxes.")  # fmt: skip
     values = np.asarray(optimum)
     found = uncertainty.estimates(free, values, cov)
-    groups = identifiability.degeneracies(problem, values, at.information)
+    groups = identifiability.degeneracies(problem, values, information)
     notes += identifiability.sentences(free, found, cov, groups)
     for part in problem.parts:
         if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
@@ -408,7 +409,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         values=values,
         emulation=emulation,
         degeneracies=groups,
-        areas=identifiability.areas(problem, values, cov),
+        areas=identifiability.areas(problem, values, information),
     )
 
 
