@@ -69,7 +69,7 @@ def test_mean_and_covariance_are_those_of_the_grid():
 
 def test_a_posterior_that_leans_on_a_bound_is_that_of_quadrature():
     """No error of dark ions: quantiles of the marginal, which is cut off at zero."""
-    (_, dark), weights = by_grid(0.0)
+    _, weights = by_grid(0.0)
     marginal = weights.sum(axis=0)
     assert marginal[0] > 0.5 * marginal.max(), "it leans on the bound"
     cumulative = np.concatenate([[0.0], np.cumsum(marginal)])
