@@ -350,20 +350,21 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     problem, free = posed.problem, posed.problem.free
     at = jax.tree.map(np.asarray, informed(problem, optimum))
     predictions, value, p_own = _checked(posed.reference, optimum)
-    cov = uncertainty.covariance(at.information, np.asarray(free.width))
     residuals = at.residuals[np.isfinite(at.residuals)]
     notes = list(posed.notes)
+    information = at.information
     if problem.noise.kind == "student_t":
-        cov = cov * m_estimation(residuals)
+        information = information / m_estimation(residuals)
         far = int(np.sum(np.abs(residuals) > 4))
         notes.append(f"{far} of {len(residuals)} cells lie more than four standard errors from the model; the t-law "
                      "gives them little weight.")  # fmt: skip
     if problem.noise.kind == "outliers":
         inliers = np.asarray(_inliers(problem, optimum))[np.isfinite(at.residuals)]
         # Cells that may be outliers inform that much less.
-        cov = cov / np.mean(inliers)
+        information = information * np.mean(inliers)
         notes.append(f"{int(np.sum(inliers < 0.5))} of {len(inliers)} cells are more likely outliers than not.")
         residuals = residuals[inliers > 0.5]
+    cov = uncertainty.covariance(information, np.asarray(free.width))
     std = np.sqrt(np.diag(cov))
     emulation = {}
     if posed.reference is not problem:
@@ -380,7 +381,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
                          "emulated dynamics are too coarse here; narrow the boxes.")  # fmt: skip
     values = np.asarray(optimum)
     found = uncertainty.estimates(free, values, cov)
-    groups = identifiability.degeneracies(problem, values, at.information)
+    groups = identifiability.degeneracies(problem, values, information)
     notes += identifiability.sentences(free, found, cov, groups)
     for part in problem.parts:
         if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
@@ -393,7 +394,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         behind = basins[0].log_likelihood - rival.log_likelihood
         if behind < 5:
             notes.append(f"Another optimum lies only {behind:.2f} nats behind: the data hardly exclude it.")
-    dof = problem.n_data - len(free.names)
+    dof = len(residuals) - len(free.names)
     chi2 = float(np.sum(residuals**2)) / dof if dof > 0 else float("nan")
     if dof > 0 and abs(chi2 - 1) > 5 * np.sqrt(2 / dof):
         notes.append(
@@ -420,7 +421,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         values=values,
         emulation=emulation,
         degeneracies=groups,
-        areas=identifiability.areas(problem, values, cov),
+        areas=identifiability.areas(problem, values, information),
     )
 
 

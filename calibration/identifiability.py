@@ -1,8 +1,9 @@
 """What the data do not determine, in words: groups of parameters that can move together, why, and what would help.
 
-The covariance is searched for groups of poorly known parameters that are tied to one another; the long axis of a group
-is the combination that the data leave open. It is called structural where no number of shots would help (the cells do
-not move along it, here and elsewhere in the box), and practical where more data of the same kind would.
+The covariance is searched for groups of poorly known parameters that are tied to one another; one that is alone is
+grouped with whatever is tied to it. The long axis of a group is the combination that the data leave open. It is called
+structural where no number of shots would help (the cells do not move along it, here and elsewhere in the box), and
+practical where more data of the same kind would.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,6 @@ from calibration.uncertainty import Z95, Estimate, correlation, covariance
 
 # A parameter is open when its 95 % interval spans more than this share of its box; two are tied beyond a correlation.
 _OPEN, _TIED = 0.25, 0.85
-# Members of a group carry at least this part of its long axis, in boxes.
-_MEMBER = 0.2
 # A direction that would still be open with this many times the data is structural.
 _MORE_DATA = 1e4
 _ELSEWHERE = 3
@@ -64,7 +63,9 @@ def degeneracies(
     for group in _groups(spans > _OPEN, np.abs(matrix) > _TIED):
         lengths, axes = np.linalg.eigh(cov[np.ix_(group, group)])
         axis = axes[:, -1]
-        members = [k for k in np.argsort(-np.abs(axis)) if abs(axis[k]) > _MEMBER]
+        # Members are those that vary along the axis more than anywhere else.
+        along = np.abs(axis) * np.sqrt(lengths[-1] / np.diag(cov)[group])
+        members = [k for k in np.argsort(-np.abs(axis)) if along[k] > _TIED]
         if len(members) < 2:
             continue
         span = 2 * Z95 * float(np.sqrt(lengths[-1]))
@@ -97,7 +98,7 @@ def _informations(problem: Problem) -> list[np.ndarray]:
 
 
 def _groups(is_open: np.ndarray, tied: np.ndarray) -> list[np.ndarray]:
-    """Connected sets of open parameters."""
+    """Connected sets of open parameters; one that is alone is joined by what it is tied to."""
     left, groups = set(np.flatnonzero(is_open).tolist()), []
     while left:
         group, edge = set(), {left.pop()}
@@ -105,7 +106,7 @@ def _groups(is_open: np.ndarray, tied: np.ndarray) -> list[np.ndarray]:
             group |= edge
             edge = {k for k in left if any(tied[k, j] for j in edge)}
             left -= edge
-        groups.append(np.array(sorted(group)))
+        groups.append(np.flatnonzero(tied[group.pop()]) if len(group) == 1 else np.array(sorted(group)))
     return groups
 
 
@@ -236,25 +237,35 @@ def _combination(names: tuple[str, ...], direction: Mapping[str, float]) -> str:
     return "(" + ", ".join(parts) + ")"
 
 
-def areas(problem: Problem, values: Float[np.ndarray, " parameters"], cov: Float[np.ndarray, "n n"]):
+def areas(
+    problem: Problem, values: Float[np.ndarray, " parameters"], information: Float[np.ndarray, "n n"]
+) -> dict[str, tuple[float, float]]:
     """Area scales rabi_scale_k sigma_k / nominal of pulses whose width and Rabi scale are both free.
 
     The combination that loops do determine where they leave its factors open.
 
+    Args:
+        problem: the question. values: the optimum.
+        information: Fisher information there.
+
     Returns:
         {name: (value, standard error)}; empty where no pulse has both free.
     """
-    names, found = list(problem.names), {}
+    names, width, found = list(problem.names), np.asarray(problem.free.width), {}
     for k in (1, 2):
-        for part in {name.partition("@")[2] for name in names}:
+        for part in sorted({name.partition("@")[2] for name in names}):
             pair = [next((n for n in (f"{base}_{k}{end}@{part}", f"{base}_{k}{end}") if n in names), None)
                     for base, end in (("rabi_scale", ""), ("sigma", "_s"))]  # fmt: skip
             if None in pair:
                 continue
-            a, b = (names.index(str(name)) for name in pair)
-            nominal = float(getattr(problem.parts[0].device, f"nominal_sigma_{k}_s", None) or values[b])
-            value = values[a] * values[b] / nominal
-            slope = np.array([value / values[a], value / values[b]])
-            variance = slope @ cov[np.ix_([a, b], [a, b])] @ slope
-            found[f"area_scale_{k}" + (f"@{part}" if part else "")] = (float(value), float(np.sqrt(max(variance, 0.0))))
+            scale, sigma = (names.index(str(name)) for name in pair)
+            nominal = float(getattr(problem.parts[0].device, f"nominal_sigma_{k}_s", None) or values[sigma])
+            area = values[scale] * values[sigma] / nominal
+            # With the area in place of the Rabi scale: the covariance of the pair itself is nearly singular.
+            change = np.eye(len(names))
+            change[scale, scale], change[scale, sigma] = values[scale] / area, -values[scale] / values[sigma]
+            own = width.copy()
+            own[scale] = width[scale] * area / values[scale]
+            variance = covariance(change.T @ information @ change, own)[scale, scale]
+            found[f"area_scale_{k}" + (f"@{part}" if part else "")] = (float(area), float(np.sqrt(variance)))
     return found

@@ -32,6 +32,7 @@ _STYLE = {
 }
 _PANEL_IN = 3.4  # width of one panel
 _COLUMNS = 3
+_CHI2_95 = 3.841458820694124  # quantile of chi2 with one degree of freedom
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -199,6 +200,65 @@ def intervals(parameters: Mapping[str, Mapping[str, Any]], boxes: Mapping[str, S
     ax.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="place in the prior box")
     ax.spines[:].set_visible(False)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8)
+    return figure
+
+
+def _label(name: str, units: Mapping[str, str]) -> tuple[str, float]:
+    """A parameter with its unit, and the factor to it; times are drawn in microseconds."""
+    unit = units.get(name, "")
+    return (f"{name} (µs)", 1e6) if unit == "s" else (f"{name} ({unit})" if unit else name, 1.0)
+
+
+@_styled
+def profiles(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], units: Mapping[str, str]) -> Figure:
+    """Deviance against the held value of each profiled parameter, with the line that bounds the 95 % interval.
+
+    Args:
+        curves: {name: (values, deviance)}.
+        units: {name: unit}.
+    """
+    figure, axes = _figure(len(curves), 2.7, sharey=True)
+    for ax, (name, (values, deviance)) in zip(axes, curves.items(), strict=True):
+        ax.axhline(_CHI2_95, color=ORANGE, lw=1, ls="--", label="95 %: 3.84")
+        label, scale = _label(name, units)
+        ax.plot(scale * np.asarray(values), deviance, "o-", ms=3, lw=1.2, color=BLUE)
+        ax.set(ylabel="deviance", ylim=(-0.3, 10))
+        ax.label_outer()
+        ax.set_xlabel(label)
+        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].legend(loc="upper center", fontsize=8)
+    return figure
+
+
+@_styled
+def posterior(names: Sequence[str], draws: np.ndarray, units: Mapping[str, str]) -> Figure:
+    """Marginal of each parameter, and the draws of the pair that is tied the most.
+
+    Args:
+        names: parameters.
+        draws: shape (draws, parameters).
+        units: {name: unit}.
+    """
+    named, scales = zip(*(_label(name, units) for name in names), strict=True)
+    draws = np.asarray(draws) * scales
+    panels = len(names) + (len(names) > 1)
+    figure, axes = _figure(panels, 2.5)
+    for ax, label, values in zip(axes, named, draws.T, strict=False):
+        low, middle, high = np.quantile(values, [0.025, 0.5, 0.975])
+        ax.hist(values, bins=40, density=True, color=BLUE, alpha=0.35, histtype="stepfilled")
+        ax.axvspan(low, high, color="#eeeeee", zorder=0)
+        ax.axvline(middle, color=BLUE, lw=1.2)
+        ax.set(xlabel=label, yticks=[])
+    if len(names) > 1:
+        matrix = np.abs(np.corrcoef(draws.T)) - np.eye(len(names))
+        i, j = sorted(int(k) for k in np.unravel_index(np.nanargmax(matrix), matrix.shape))
+        some = draws[:: max(1, len(draws) // 2000)]
+        axes[-1].plot(some[:, i], some[:, j], ".", ms=2, alpha=0.4, color=ORANGE, rasterized=True)
+        axes[-1].set_xlabel(named[i])
+        axes[-1].set_ylabel(named[j], fontsize=8)
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 

@@ -109,6 +109,30 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
             "Black mark: estimate. Coloured bar: 95 % interval. Grey bar: the prior box.",
             plots.intervals(result["parameters"], boxes),
         )
+    units = {name: str(one.get("unit", "")) for name, one in result.get("parameters", {}).items()}
+    curves = {
+        name.removeprefix("profile_"): (values, columns[f"deviance_{name.removeprefix('profile_')}"])
+        for name, values in columns.items()
+        if name.startswith("profile_")
+    }
+    if curves:
+        yield Picture(
+            "profiles",
+            "Profile likelihoods",
+            "Twice the log-likelihood lost where one parameter is held and all others are fitted again. The 95 % "
+            "interval lies below the dashed line.",
+            plots.profiles(curves, units),
+        )
+    if "posterior" in columns:
+        draws = np.asarray(columns["posterior"])
+        names = list(result["uncertainty"]["names"])
+        yield Picture(
+            "posterior",
+            "Posterior",
+            "Marginals with median and central 95 % interval (grey)"
+            + ("; last: draws of the two parameters that are tied the most." if len(names) > 1 else "."),
+            plots.posterior(names, draws.reshape(-1, draws.shape[-1]), units),
+        )
     matrix = np.array(result.get("correlation", {}).get("matrix", ()), float)
     if len(matrix) > 1:
         yield Picture(
@@ -211,6 +235,26 @@ def _metrics(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{**metric, "name": _QUANTITIES.get(metric["name"], metric["name"])}]
 
 
+def _intervals(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Methods, and for each parameter the interval of each, in a unit that suits it."""
+    methods = result.get("intervals", {})
+    if not methods:
+        return {}
+    rows = {}
+    for name, one in result["parameters"].items():
+        if name not in methods["laplace"]:
+            continue
+        ends = {m: found[name] for m, found in methods.items() if name in found}
+        flat = {f"{m}_{k}": end for m, pair in ends.items() for k, end in enumerate(pair)}
+        scaled = _readable({"unit": one["unit"], "std": one["std"], **flat})
+        rows[name] = {
+            "unit": scaled["unit"],
+            "std": scaled["std"],
+            "ends": [[scaled[f"{m}_0"], scaled[f"{m}_1"]] if m in ends else None for m in methods],
+        }
+    return {"methods": list(methods), "rows": rows}
+
+
 def _readable(one: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a row, those in seconds in the unit that suits the largest of them."""
     rows = {key: value for key, value in one.items() if isinstance(value, float | int) and not isinstance(value, bool)}
@@ -270,6 +314,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         basins=result.get("basins", [])[:6],
         tracked=result["tables"][-200:] if result.get("kind") == "track" else [],
         tests=result.get("tests", {}) if result.get("kind") == "check" else {},
+        intervals=_intervals(result),
         notes=result.get("notes", []),
         pictures=shown,
         seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},

@@ -221,8 +221,15 @@ class Config(Table):
         if self.data and self.data.scans and self.device.platform == "photonic":
             raise Refusal("data.scans", "are measured on an ion, but device.platform is 'photonic'; remove them")
         for k, name in enumerate(self.uncertainty.profile):
-            if self.fit and name != "all" and name not in self.fit.free:
+            base, at, part = name.partition("@")
+            if self.fit and name != "all" and base not in self.fit.free:
                 raise Refusal(f"uncertainty.profile.{k}", f"is '{name}', which is not free; name a key of fit.free")
+            loops = [self.data.name, *self.data.more] if self.data else []
+            if self.fit and at and (base not in self.fit.per_table or part not in loops or len(loops) < 2):
+                reason = (
+                    f"is '{name}', but no table has its own {base} under that name; see fit.per_table and data.more"
+                )
+                raise Refusal(f"uncertainty.profile.{k}", reason)
         if self.optimize is None:
             return self
         if self.device.platform == "photonic":

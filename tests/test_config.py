@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,24 @@ REFUSED = [  # document, parts of the message
     ({"device": {"laser_linewidth_1_hz": 1, "laser_linewidth_2_hz": 1},
       "fit": {"free": {"laser_linewidth_hz": [0, 9]}}},
      ["fit.free.laser_linewidth_hz", "one source", "two"]),
+    ({"fit": {"free": BOX, "per_table": ["n_bar"]}}, ["fit.per_table.0 is 'n_bar'", "not free", "fit.free"]),
+    ({"fit": {"free": BOX | {"overdispersion": [0, 0.1]}}},
+     ["fit.free.overdispersion", "no meaning for fit.noise = 'binomial'", "noise = 'beta_binomial'"]),
+    ({"fit": {"free": BOX | {"overdispersion": [0, 0.1]}, "noise": "student_t"}}, ["fit.noise = 'student_t'"]),
+    ({"fit": {"free": BOX, "noise": "student_t", "optimizer": "levenberg_marquardt"}},
+     ["fit.optimizer is 'levenberg_marquardt'", "cannot serve noise = 'student_t'", "'adam+lbfgs'"]),
+    ({"fit": {"free": BOX, "noise": "students_t"}}, ["fit.noise", "did you mean 'student_t'?"]),
+    ({"fit": {"free": BOX}, "uncertainty": {"profile": ["rabi_scale_1", "n_bar"]}},
+     ["uncertainty.profile.1 is 'n_bar'", "not free"]),
+    ({"fit": {"free": BOX}, "uncertainty": {"profile": ["rabi_scale_1@monday"]}},
+     ["uncertainty.profile.0 is 'rabi_scale_1@monday'", "fit.per_table"]),
+    ({"uncertainty": {"draws": 10}}, ["uncertainty.draws is 10", "an integer between 100 and"]),
+    ({"uncertainty": {"chains": 1}}, ["uncertainty.chains is 1", "an integer between 2 and"]),
+    ({"data": {"table": "a.csv", "more": {"loops": "b.csv"}}}, ["data.more.loops", "name of data.table already"]),
+    ({"data": {"table": "a.csv", "scans": {"loops": "b.csv"}}}, ["data.scans.loops", "name of a loop table"]),
+    ({"data": {"table": "a.csv", "more": {"m": "b.csv"}, "scans": {"m": "c.csv"}}}, ["data.scans.m", "already"]),
+    ({"device": {"platform": "photonic"}, "data": {"table": "a.csv", "scans": {"rabi": "b.csv"}}},
+     ["data.scans", "measured on an ion", "photonic"]),
     ({"simulate": {"loops": []}}, ["simulate.loops is []", "at least one"]),
     ({"simulate": {"loop": []}}, ["simulate.loop", "did you mean loops?"]),
     ({"simulate": {"loops": [{"shots": -1}]}}, ["simulate.loops.0.shots is -1", "an integer between 0 and"]),
@@ -190,6 +209,26 @@ def test_a_bad_configuration_is_refused_with_path_value_and_remedy(document, par
     message = refusal(document)
     for part in parts:
         assert part in message
+
+
+def test_examples_of_the_calibration_guide_are_read(tmp_path):
+    guide = (CONFIGS.parents[1] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    assert len(examples) == 3
+    for k, example in enumerate(examples):
+        (tmp_path / f"{k}.toml").write_text(example)
+        config = load_config(tmp_path / f"{k}.toml", verb="fit")
+        assert config.fit is not None
+
+
+def test_a_profile_may_name_the_parameter_of_one_table():
+    document = {
+        "data": {"table": "a.csv", "name": "monday", "more": {"tuesday": "b.csv"}},
+        "fit": {"free": BOX, "per_table": ["rabi_scale_1"]},
+    }
+    for profile in (["rabi_scale_1"], ["rabi_scale_1@tuesday"], ["all"]):
+        parse_config(document | {"uncertainty": {"profile": profile}})
+    assert "rabi_scale_1@friday" in refusal(document | {"uncertainty": {"profile": ["rabi_scale_1@friday"]}})
 
 
 def test_a_misspelt_key_is_named_before_what_it_leaves_missing():
@@ -308,7 +347,7 @@ def test_the_schema_is_json_and_tells_unit_default_and_range():
     sigma = schema["$defs"]["Device"]["properties"]["sigma_1_s"]
     assert (sigma["unit"], sigma["default"], sigma["minimum"], sigma["maximum"]) == ("s", 2e-5, 1e-8, 0.01)
     free = schema["$defs"]["Fit"]["properties"]["free"]
-    assert set(free["propertyNames"]["enum"]) == set(PARAMETERS)
+    assert set(free["propertyNames"]["enum"]) == {*PARAMETERS, "overdispersion"}
     axes = schema["$defs"]["Sweep"]["properties"]["parameters"]["additionalProperties"]["anyOf"]
     assert {"$ref": "#/$defs/Axis"} in axes
     assert any(axis.get("type") == "array" for axis in axes)

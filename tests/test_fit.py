@@ -219,14 +219,19 @@ def test_width_and_scale_of_one_pulse_cannot_be_told_apart():
         assert verdicts["rabi_scale_2"] == "identified"
         assert verdicts["rabi_scale_1"] != "identified", (seed, result.parameters)
         assert verdicts["sigma_1_s"] != "identified", (seed, result.parameters)
-        note = note_with(result, "cannot tell")
+        note = note_with(result, "pulse area")
         assert "`rabi_scale_1`" in note
         assert "`sigma_1_s`" in note
         assert "`rabi_scale_2`" not in note
-        note_with(result, "in opposite directions")
+        assert "no number of shots would separate them" in note
+        (group,) = result.degeneracies
+        assert set(group.names) == {"rabi_scale_1", "sigma_1_s"}
+        assert group.structural
         # their product is known all the same
-        product = result.parameters["rabi_scale_1"].value * result.parameters["sigma_1_s"].value / 20e-6
-        assert abs(product - 1.06) < 4 * 0.006
+        ((name, (area, std)),) = result.areas.items()
+        assert name == "area_scale_1"
+        assert abs(area - 1.06) < 4 * std
+        assert std < 0.006
 
 
 def test_a_window_has_no_bearing_on_recorded_transfers():

@@ -75,6 +75,28 @@ def fit_run(out: RunFolder) -> None:
     )  # fmt: skip
 
 
+def intervals_run(out: RunFolder) -> None:
+    """A fit with every kind of interval; the linewidth was not profiled in full, and one name belongs to a table."""
+    fit_run(out)
+    names = [*NAMES[:6], "readout_error_dark@monday"]
+    rows = dict(zip(names, parameters().values(), strict=True))
+    laplace = {name: one["ci95"] for name, one in rows.items()}
+    arrays = loops()
+    for name in (names[0], names[4], names[6]):
+        held = rows[name]["value"] + np.linspace(-3.5, 3.5, 17) * rows[name]["std"]
+        arrays[f"profile_{name}"] = (f"point_of_{name}", held)
+        arrays[f"deviance_{name}"] = (f"point_of_{name}", np.linspace(-3.5, 3.5, 17) ** 2)
+    draws = np.stack([one["value"] + one["std"] * RNG.normal(size=(4, 500)) for one in rows.values()], axis=-1)
+    draws[..., 6] -= 2e-6 * (draws[..., 4] - 240.0)
+    arrays["posterior"] = (("chain", "draw", "parameter"), draws)
+    result = json.loads((out.work / "result.json").read_text())
+    profiled = {name: laplace[name] for name in (names[0], names[4], names[6])}
+    result |= {"parameters": rows, "uncertainty": {"names": names}}
+    result["intervals"] = {"laplace": laplace, "profile": profiled, "posterior": laplace}
+    out.write_arrays(xr.Dataset(arrays))
+    out.write_result(result)
+
+
 def optimize_run(out: RunFolder, target: str) -> None:
     t = np.linspace(-100e-6, 220e-6, 400)
     pulse = lambda peak, center, sigma: peak * np.exp(-((t - center) ** 2) / (2 * sigma**2))
@@ -114,10 +136,12 @@ def optimize_run(out: RunFolder, target: str) -> None:
 
 KINDS = {
     "fit": fit_run,
+    "with intervals": intervals_run,
     "obedience": lambda out: optimize_run(out, "obedience"),
     "area": lambda out: optimize_run(out, "area"),
 }
 FIGURES = {
+    "with intervals": {"loops", "residuals", "intervals", "correlation", "history", "profiles", "posterior"},
     "fit": {"loops", "residuals", "intervals", "correlation", "history"},
     "obedience": {"pulses", "errors", "history"},
     "area": {"pulses", "loop", "history"},
@@ -183,6 +207,24 @@ def test_a_fit_is_judged_in_words(kind_and_run):
         assert part in text
     assert "fixed" not in report.verdict(json.loads((run / "result.json").read_text()))
     assert "0.95330.0027" in text  # value and standard error, each to the same digit
+
+
+@pytest.mark.parametrize("kind_and_run", ["with intervals"], indirect=True)
+def test_intervals_stand_side_by_side(kind_and_run):
+    """A row a parameter, a column a method; a dash where it was not asked for."""
+    html = (kind_and_run[1] / "report.html").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<h2>Intervals</h2>.*?</table>", html, re.DOTALL)
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in table.split("<tr>")[1:]]
+    assert rows[0] == ["parameter", "Laplace", "profile", "posterior", "unit"]
+    assert len(rows) == 8
+    assert rows[1][1:] == ["[1.0371, 1.0453]"] * 3 + [""]
+    assert rows[2][2] == "–"
+    assert rows[5][1:] == ["[0, 1612]"] * 3 + ["Hz"]
+
+
+@pytest.mark.parametrize("kind_and_run", ["fit"], indirect=True)
+def test_a_fit_without_further_intervals_has_no_table_of_them(kind_and_run):
+    assert "<h2>Intervals</h2>" not in (kind_and_run[1] / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind_and_run", ["obedience"], indirect=True)

@@ -1,7 +1,6 @@
-"""Fisher information against finite differences and simulated scores; verdicts and sentences at their thresholds."""
+"""Fisher information against finite differences and simulated scores; verdicts at their thresholds."""
 
 import dataclasses
-import re
 
 import equinox as eqx
 import jax
@@ -252,72 +251,3 @@ def test_the_interval_is_of_95_percent_and_ends_at_the_box():
     np.testing.assert_allclose(estimate(-45.0, 0.1).ci95, (-50.0, -35.0))
     np.testing.assert_allclose(estimate(145.0, 0.1).ci95, (135.0, 150.0))
     np.testing.assert_allclose(estimate(0.0, 100.0).ci95, (-50.0, 150.0))
-
-
-# ------------------------------------------------------------------------------------------------ sentences
-
-THREE = FreeParameters.from_boxes(
-    {"rabi_scale_1": (0.5, 1.5), "sigma_1_s": (10e-6, 30e-6), "detuning_2_hz": (-1e3, 1e3)}
-)
-
-
-def sentences(cov_in_boxes, values=(1.0, 20e-6, 0.0)) -> list[str]:
-    width = np.asarray(THREE.width)
-    cov = np.asarray(cov_in_boxes) * np.outer(width, width)
-    found = uncertainty.estimates(THREE, np.array(values), cov)
-    notes = uncertainty.sentences(THREE, found, cov)
-    for note in notes:
-        assert note[0].isupper() or note[0] == "`"
-        assert note.endswith(".")
-        assert "nan" not in note
-    return notes
-
-
-def test_well_determined_parameters_need_no_words():
-    assert sentences(np.diag([0.01, 0.02, 0.03]) ** 2) == []
-
-
-def test_undetermined_and_weak_parameters_are_named():
-    notes = sentences(np.diag([0.01, 0.5, 0.1]) ** 2)
-    assert len(notes) == 2
-    assert re.search(r"do not determine `sigma_1_s`: ", notes[0])
-    assert re.search(r"determine `detuning_2_hz` only weakly", notes[1])
-    (both,) = sentences(np.diag([1.0, 1.0, 0.01]) ** 2)
-    assert "do not determine `rabi_scale_1` and `sigma_1_s`" in both
-
-
-def test_a_parameter_at_its_bound_is_named():
-    (note,) = sentences(np.diag([0.01, 0.02, 0.03]) ** 2, values=(1.4999, 20e-6, 0.0))
-    assert "stopped by the prior box at `rabi_scale_1`" in note
-
-
-def test_a_valley_is_told_as_a_combination_with_units():
-    """Width times scale is known to a percent, their ratio is not."""
-    along, across = np.array([1.0, -1.0, 0.0]) / np.sqrt(2), np.array([1.0, 1.0, 0.0]) / np.sqrt(2)
-    rest = np.array([0.0, 0.0, 1.0])
-    cov = 1.0 * np.outer(along, along) + 1e-4 * np.outer(across, across) + 1e-4 * np.outer(rest, rest)
-    notes = sentences(cov)
-    (valley,) = (note for note in notes if "cannot tell" in note)
-    assert re.search(r"cannot tell `(rabi_scale_1|sigma_1_s)` and `(rabi_scale_1|sigma_1_s)` apart", valley)
-    # boxes are 1 and 20 us wide: one unit of scale goes with -20 us, and one second with -50,000
-    told = ("(`rabi_scale_1` + 1, `sigma_1_s` -2e-05 s)", "(`sigma_1_s` + 1 s, `rabi_scale_1` -5e+04)")
-    assert any(combination in valley for combination in told)
-    assert "spans 3.9 of the prior box" in valley
-    (pair,) = (note for note in notes if "correlation" in note)
-    assert "`rabi_scale_1` and `sigma_1_s` can move in opposite directions" in pair
-    assert "correlation -1.00" in pair
-    together = sentences(np.outer(across, across) + 1e-4 * np.eye(3))
-    assert any("can move together" in note and "+1.00" in note for note in together)
-
-
-def test_a_narrow_valley_and_a_mild_correlation_are_not_worth_words():
-    cov = np.array([[1.0, 0.85, 0.0], [0.85, 1.0, 0.0], [0.0, 0.0, 1.0]]) * 0.02**2
-    assert sentences(cov) == []
-
-
-def test_units_of_a_device_without_them():
-    free = FreeParameters.from_boxes({"rabi_scale_1": (0.0, 1.0), "rabi_scale_2": (0.0, 1.0)})
-    cov = np.array([[1.0, -0.999], [-0.999, 1.0]])
-    notes = uncertainty.sentences(free, uncertainty.estimates(free, np.array([0.5, 0.5]), cov), cov)
-    (valley,) = (note for note in notes if "cannot tell" in note)
-    assert re.search(r"\(`rabi_scale_[12]` \+ 1, `rabi_scale_[12]` -1\)", valley)
