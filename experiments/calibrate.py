@@ -1,7 +1,7 @@
 """`iontwin fit`: a loop table calibrates the twin.
 
-Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row measured and modelled) and the report. A
-search that fails leaves them too, with the reason.
+Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row measured and modelled), ``twin.json`` (the
+calibrated device) and the report. A search that fails leaves the first and the last, with the reason.
 """
 
 from typing import Any
@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from calibration import intervals
+from calibration import intervals, twin_file
 from calibration.data import LoopTable
 from calibration.fit import FitResult, fit
 from calibration.likelihood import Experiment, Prediction
 from calibration.observations import Observations
-from calibration.parameters import unit_of
+from calibration.parameters import anchored, unit_of
 from calibration.posterior import sample
-from calibration.problem import Scanned
+from calibration.problem import NOISE_PARAMETERS, Scanned
 from calibration.scan_tables import ScanTable
 from experiments import report
 from experiments.build import device_from
 from experiments.progress import search_progress, work_progress
-from experiments.provenance import Stopwatch, provenance
+from experiments.provenance import Stopwatch, provenance, versions
 from experiments.records import RunFolder
 from experiments.schema import Config, Uncertainty
+from twin.loop import AbstractMemristor
 
 # Parameters of the device that are reported as fixed where they are not free.
 _FIXED = (
@@ -107,6 +108,8 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
         out.write_result(result)
     if arrays is not None:
         out.write_arrays(arrays)
+    if found.converged and not settings.per_table:
+        twin_file.save(out.work, _twin(anchored(device), tables, found, arrays))
     report.write(out)
     for name, one in result["parameters"].items():
         if one["verdict"] != "fixed":
@@ -114,6 +117,31 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
     for note in result["notes"]:
         out.log(f"  {note}")
     return result
+
+
+def _twin(
+    device: AbstractMemristor,
+    tables: dict[str, LoopTable | ScanTable],
+    found: FitResult,
+    arrays: xr.Dataset | None,
+) -> twin_file.Twin:
+    """What later runs use: the device's own parameters; those of the noise belong to the tables."""
+    names = list(found.problem.names)
+    own = [k for k, name in enumerate(names) if name not in NOISE_PARAMETERS]
+    draws = None
+    if arrays is not None and "posterior" in arrays:
+        draws = arrays["posterior"].values.reshape(-1, len(names))[:, own]
+    boxes = found.problem.free.boxes
+    return twin_file.make(
+        device,
+        [names[k] for k in own],
+        found.values[own],
+        found.covariance[np.ix_(own, own)],
+        boxes,
+        [table for table in tables.values() if isinstance(table, LoopTable)],
+        versions(),
+        draws,
+    )
 
 
 def _intervals(wanted: Uncertainty, found: FitResult, out: RunFolder, result: dict[str, Any]) -> xr.Dataset:
