@@ -1,7 +1,7 @@
 """`iontwin fit`: a loop table calibrates the twin.
 
-Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row measured and modelled), ``twin.json`` (the
-calibrated device) and the report. A search that fails leaves the first and the last, with the reason.
+Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row measured and modelled), the calibrated
+device as ``twin.json``, and the report. A search that fails leaves the result and the report, with the reason.
 """
 
 from typing import Any
