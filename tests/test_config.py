@@ -347,7 +347,7 @@ def test_the_schema_is_json_and_tells_unit_default_and_range():
     sigma = schema["$defs"]["Device"]["properties"]["sigma_1_s"]
     assert (sigma["unit"], sigma["default"], sigma["minimum"], sigma["maximum"]) == ("s", 2e-5, 1e-8, 0.01)
     free = schema["$defs"]["Fit"]["properties"]["free"]
-    assert set(free["propertyNames"]["enum"]) == {*PARAMETERS, "overdispersion"}
+    assert set(free["propertyNames"]["enum"]) == {*PARAMETERS, "overdispersion", "outlier_share"}
     axes = schema["$defs"]["Sweep"]["properties"]["parameters"]["additionalProperties"]["anyOf"]
     assert {"$ref": "#/$defs/Axis"} in axes
     assert any(axis.get("type") == "array" for axis in axes)
