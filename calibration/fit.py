@@ -383,6 +383,10 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     found = uncertainty.estimates(free, values, cov)
     groups = identifiability.degeneracies(problem, values, information)
     notes += identifiability.sentences(free, found, cov, groups)
+    areas = identifiability.areas(problem, values, information)
+    for name, (value, error) in areas.items():
+        notes.append(f"The area is known all the same: `{name}` (Rabi scale times width, over the nominal one) is "
+                     f"{value:.5g} ± {error:.2g}.")  # fmt: skip
     for part in problem.parts:
         if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
             notes.append(
@@ -421,7 +425,7 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
         values=values,
         emulation=emulation,
         degeneracies=groups,
-        areas=identifiability.areas(problem, values, information),
+        areas=areas,
     )
 
 
