@@ -13,7 +13,7 @@ import tables
 from calibration import twin_file
 from calibration.data import LoopTable, synthesize
 from calibration.parameters import with_parameters
-from calibration.posing import pose
+from calibration.problem import pose
 from calibration.twin_file import TwinError
 from calibration.twin_use import compare, outside, predict
 from twin.memory import Exponential
@@ -234,8 +234,8 @@ def test_how_often_two_honest_calibrations_are_told_apart():
     for number in range(100):
         pair = rng.multivariate_normal(TRUTH, covariance(), 2)
         verdicts.append(compare(twin(pair[0]), twin(pair[1]), fresh(number)).verdict)
-    # At most 5 % may be told apart. Of 100, eleven or more would be once in 90 runs if it were 5 %; here it is seven,
-    # where 2.5 are expected of a quadratic log-likelihood. Of 500 pairs with other seeds among them it was 18.
+    # At most 5 % may be told apart; were it 5 %, eleven or more of 100 would come once in 90 runs. Here it is seven,
+    # where a quadratic log-likelihood gives two. Of 500 pairs, these among them, it was 18.
     assert verdicts.count("inconclusive") >= 90
 
 
