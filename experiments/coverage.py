@@ -189,10 +189,11 @@ def _sentence(row: dict[str, Any], config: Config) -> str:
         )
     assert config.fit is not None
     low, high = config.fit.free[row["parameter"]]
+    fault = "too short" if row["verdict"] == "too few" else "wider than they need to be"
     return (
-        f"95 % intervals of `{row['parameter']}` by {row['method']} held the truth in {row['coverage']:.1%} of "
-        f"{row['tables']} tables; its box is [{low:g}, {high:g}], and a truth near an edge is where they fail: use the "
-        "posterior there."
+        f"95 % intervals of `{row['parameter']}` by {row['method']} are {fault}: they held the truth in "
+        f"{row['coverage']:.1%} of {row['tables']} tables. Its box is [{low:g}, {high:g}]; that is what to expect where it, "
+        "or a parameter that goes with it, leans on an edge: use the posterior there."
     )
 
 
