@@ -192,7 +192,7 @@ def _sentence(row: dict[str, Any], config: Config) -> str:
     fault = "too short" if row["verdict"] == "too few" else "wider than they need to be"
     return (
         f"95 % intervals of `{row['parameter']}` by {row['method']} are {fault}: they held the truth in "
-        f"{row['coverage']:.1%} of {row['tables']} tables. Its box is [{low:g}, {high:g}]; that is what to expect where "
+        f"{row['coverage']:.1%} of {row['tables']} tables. Its box is [{low:g}, {high:g}]; to be expected where "
         "it, or a parameter that goes with it, leans on an edge: use the posterior there."
     )
 
