@@ -735,7 +735,7 @@ def test_the_schema_and_the_help_tell_the_mapping():
     assert {"$ref": "#/$defs/Column"} in columns["additionalProperties"]["anyOf"]
     keys = {title: [key for key, _ in lines] for title, _, lines in describe("fit")}
     assert keys["[data.columns.NAME]"] == ["name", "unit", "constant"]
-    assert keys["[data]"] == ["table", "columns"]
+    assert keys["[data]"][:2] == ["table", "columns"]
 
 
 CONFIG = """

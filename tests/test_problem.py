@@ -239,17 +239,18 @@ def test_observed_numbers_go_out_and_come_back():
 
 
 def test_the_density_integrates_over_the_uniform_prior():
-    """int exp(log_density) du = int L dtheta / width."""
+    """int exp(log_density) dz = sqrt(2 pi) int L dtheta / width."""
     boxes = {"rabi_scale_1": (1.03, 1.1)}
     known = {name: value for name, value in tables.TRUTH.items() if name != "rabi_scale_1"}
     problem = pose(tables.ion(**known), recorded(), boxes).problem
     best = float(log_likelihood_of(problem, jnp.array([1.06])))
-    u = jnp.linspace(-25, 25, 4001)
-    density = eqx.filter_jit(lambda p, u: jax.vmap(p.log_density)(u[:, None]))(problem, u)
+    z = jnp.linspace(-8, 8, 4001)
+    density = eqx.filter_jit(lambda p, z: jax.vmap(p.log_density)(z[:, None]))(problem, z)
     values = jnp.linspace(1.03, 1.1, 4001)
     likelihood = eqx.filter_jit(lambda p, v: jax.vmap(p.log_likelihood)(v[:, None]))(problem, values)
-    in_u = integrate.simpson(np.exp(density - best), x=u)
-    np.testing.assert_allclose(in_u, integrate.simpson(np.exp(likelihood - best), x=values) / 0.07, rtol=1e-7)
+    in_z = integrate.simpson(np.exp(density - best), x=z)
+    in_box = integrate.simpson(np.exp(likelihood - best), x=values) / 0.07
+    np.testing.assert_allclose(in_z, np.sqrt(2 * np.pi) * in_box, rtol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------ a third column

@@ -13,7 +13,7 @@ import tables
 from calibration import twin_file
 from calibration.data import LoopTable, synthesize
 from calibration.parameters import with_parameters
-from calibration.problem import pose
+from calibration.posing import pose
 from calibration.twin_file import TwinError
 from calibration.twin_use import compare, outside, predict
 from twin.memory import Exponential
