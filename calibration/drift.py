@@ -31,7 +31,7 @@ from calibration import bad_data
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, bucketed
 from calibration.parameters import unit_of
-from calibration.posing import Posed, pose
+from calibration.posing import Posed, distinct_offsets, pose
 from calibration.problem import Loops, Part, Problem
 from twin.loop import AbstractMemristor
 
@@ -185,13 +185,12 @@ class Tracker:
 
     def adopt(self, posed: Posed, table: LoopTable) -> "Tracker":
         """Takes over a device that was emulated for this table and these boxes before."""
-        own = np.unique(np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1), axis=0)
-        self._posed = (own, posed.problem, posed.reference)
+        self._posed = (distinct_offsets([table]), posed.problem, posed.reference)
         return self
 
     def problem(self, table: LoopTable) -> Problem:
         """The reference's question about another table; one device, emulated once, serves all with the same offsets."""
-        own = np.unique(np.stack([table.detuning_1_set_hz, table.detuning_2_set_hz], axis=1), axis=0)
+        own = distinct_offsets([table])
         if self._posed is None or not all(np.any(np.all(self._posed[0] == row, axis=1)) for row in own):
             self.adopt(pose(self.device, table, self.reference.boxes), table)
         assert self._posed is not None

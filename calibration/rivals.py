@@ -20,7 +20,7 @@ References:
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import equinox as eqx
 import jax
@@ -33,7 +33,7 @@ from calibration import least_squares, predictive
 from calibration.data import LoopTable
 from calibration.parameters import value_of
 from calibration.posing import pose
-from calibration.problem import Problem
+from calibration.problem import NOISE_PARAMETERS, Problem
 from twin.batching import physical
 from twin.loop import AbstractMemristor, Responder, Response, Settings
 from twin.memory import AbstractMemory, Exponential, MovingAverage
@@ -45,7 +45,7 @@ _STARTS, _STEPS = 6, 30
 # What the closed form knows of an ion; all else is dropped from its fit.
 _OF_CLOSED_FORM = (
     *("rabi_scale_1", "rabi_scale_2", "readout_error_bright", "readout_error_dark", "n_bar", "eta_1", "eta_2"),
-    *("sigma_1_s", "sigma_2_s", "window_cycles", "overdispersion"),
+    *("sigma_1_s", "sigma_2_s", "window_cycles", *NOISE_PARAMETERS),
 )
 _SCALE, _TRANSFER = (0.5, 1.5), (0.0, 1.0)
 
@@ -87,28 +87,53 @@ class LinearDrift(AbstractMemory):
         return state + 4 * self.mobility_per_cycle * (x - self.rest)
 
 
-class Memoryless(AbstractMemristor):
+class _SeparatedPulses(AbstractMemristor):
+    """What both rivals are: an ion with separated, resonant pulses, read out as the twin is."""
+
+    scheme: str = eqx.field(static=True, default="lambda")
+    rabi_scale_1: Float[Array, "..."] = physical(default=1.0)
+    readout_error_bright: Float[Array, "..."] = physical(default=0.0)
+    readout_error_dark: Float[Array, "..."] = physical(default=0.0)
+
+    def ion(self) -> IonMemristor:
+        """The device that plays what the rival's law decided."""
+        return IonMemristor(
+            memory=MovingAverage(1.0),
+            scheme=self.scheme,
+            method=ClosedForm(),
+            rabi_scale_1=self.rabi_scale_1,
+            readout_error_bright=self.readout_error_bright,
+            readout_error_dark=self.readout_error_dark,
+        )
+
+    def prepared(self, x_set, settings: Settings) -> Self:
+        del x_set, settings
+        return self
+
+    def signal(self, populations) -> Float[Array, "..."]:
+        return self.ion().signal(populations)
+
+    def assigned(self, populations) -> Float[Array, "..."]:
+        return self.ion().assigned(populations)
+
+    def assigned_next(self, populations) -> Float[Array, "..."]:
+        return self.ion().assigned_next(populations)
+
+
+class Memoryless(_SeparatedPulses):
     """An ion whose second pulse follows the commanded input alone: r = r_at_0 + (r_at_1 - r_at_0) x_set.
 
     `r_at_1` None leaves r constant. Both ends in [0, 1] keep r there, so nothing is clipped. The transfer that a
     caller gives is ignored; so is the memory.
     """
 
-    scheme: str = eqx.field(static=True, default="lambda")
     memory: AbstractMemory = eqx.field(default_factory=lambda: MovingAverage(1.0))
     source: str = eqx.field(static=True, default="command")
-    rabi_scale_1: Float[Array, "..."] = physical(default=1.0)
     r_at_0: Float[Array, "..."] = physical(default=0.5)
     r_at_1: Float[Array, "..."] | None = physical(default=None)
-    readout_error_bright: Float[Array, "..."] = physical(default=0.0)
-    readout_error_dark: Float[Array, "..."] = physical(default=0.0)
-
-    def prepared(self, x_set, settings: Settings) -> "Memoryless":
-        del x_set, settings
-        return self
 
     def under(self, settings: Settings) -> Responder:
-        respond = _separated(self).under(settings)
+        respond = self.ion().under(settings)
 
         def ruled(x_set, r_set, *, alone, of_cycle=None) -> Response:
             del r_set
@@ -117,62 +142,24 @@ class Memoryless(AbstractMemristor):
 
         return ruled
 
-    def signal(self, populations) -> Float[Array, "..."]:
-        return populations[1]
 
-    def assigned(self, populations) -> Float[Array, "..."]:
-        return _separated(self).assigned(populations)
-
-    def assigned_next(self, populations) -> Float[Array, "..."]:
-        return _separated(self).assigned_next(populations)
-
-
-class ClassicalMemristor(AbstractMemristor):
+class ClassicalMemristor(_SeparatedPulses):
     """y = (1 - r) x with r from `LinearDrift` of the model's input x: the classical device, read out as the ion is."""
 
-    scheme: str = eqx.field(static=True, default="lambda")
     source: str = eqx.field(static=True, default="model")
-    rabi_scale_1: Float[Array, "..."] = physical(default=1.0)
     mobility_per_cycle: Float[Array, "..."] = physical(default=0.1)
     rest: Float[Array, "..."] = physical(default=0.5)
     start: Float[Array, "..."] = physical(default=0.5)
     r_off: Float[Array, "..."] = physical(default=0.0)
     r_on: Float[Array, "..."] = physical(default=1.0)
-    readout_error_bright: Float[Array, "..."] = physical(default=0.0)
-    readout_error_dark: Float[Array, "..."] = physical(default=0.0)
 
     @property
     def memory(self) -> LinearDrift:
         """The drift with this device's parameters."""
         return LinearDrift(self.mobility_per_cycle, self.rest, self.start, self.r_off, self.r_on)
 
-    def prepared(self, x_set, settings: Settings) -> "ClassicalMemristor":
-        del x_set, settings
-        return self
-
     def under(self, settings: Settings) -> Responder:
-        return _separated(self).under(settings)
-
-    def signal(self, populations) -> Float[Array, "..."]:
-        return populations[1]
-
-    def assigned(self, populations) -> Float[Array, "..."]:
-        return _separated(self).assigned(populations)
-
-    def assigned_next(self, populations) -> Float[Array, "..."]:
-        return _separated(self).assigned_next(populations)
-
-
-def _separated(device: Memoryless | ClassicalMemristor) -> IonMemristor:
-    """The ion of separated pulses that plays what the law decided."""
-    return IonMemristor(
-        memory=MovingAverage(1.0),
-        scheme=device.scheme,
-        method=ClosedForm(),
-        rabi_scale_1=device.rabi_scale_1,
-        readout_error_bright=device.readout_error_bright,
-        readout_error_dark=device.readout_error_dark,
-    )
+        return self.ion().under(settings)
 
 
 # ------------------------------------------------------------------------------------------------ the field of rivals
@@ -231,10 +218,10 @@ def rivals(
         other, its_table = _other_kernel(device, table)
         kernel = "window memory" if isinstance(other.memory, MovingAverage) else "exponential memory"
         found.append(Rival(KERNEL, posed(other, its_table, boxes), f"{kernel} of equal mean lag"))
-    shared = ("rabi_scale_1", "readout_error_bright", "readout_error_dark", "overdispersion")
-    base = {name: boxes[name] for name in shared if name in boxes}
+    shared = ("rabi_scale_1", "readout_error_bright", "readout_error_dark")
+    base = {name: boxes[name] for name in (*shared, *NOISE_PARAMETERS) if name in boxes}
     base = base or {"rabi_scale_1": _SCALE}
-    fixed = {name: getattr(device, name) for name in shared[:3]}
+    fixed = {name: getattr(device, name) for name in shared}
     ignored = dataclasses.replace(table, r_set=np.full(len(table), 0.5), sha256="")
     driven = dataclasses.replace(table, r_set=None, window_cycles=None, sha256="")
     constant = Memoryless(device.scheme, **fixed)

@@ -1,7 +1,12 @@
 """From the configuration to the device: the one place where tables become modules of the twin."""
 
+from typing import Any
+
+import numpy as np
+
+from calibration.data import LoopTable
 from experiments.schema import Config
-from twin.loop import AbstractMemristor
+from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 
@@ -44,6 +49,32 @@ def memory_from(config: Config, window_cycles: float | None = None) -> AbstractM
     """
     window = config.memory.window_cycles if window_cycles is None else window_cycles
     return Exponential(window) if config.memory.kernel == "exponential" else MovingAverage(window)
+
+
+def settings_table(config: Config, *, windows: bool) -> LoopTable:
+    """The loops of [[simulate.loops]] as a table in which nothing was counted.
+
+    Args:
+        config: the tables [simulate] and [memory] are read.
+        windows: whether each row tells the window of its loop; without it the memory of a device decides.
+    """
+    assert config.simulate is not None
+    columns: dict[str, list[np.ndarray]] = {}
+    for loop in config.simulate.loops:
+        x = np.asarray(sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period))
+        every = lambda value, x=x: np.full(len(x), value)
+        own = {
+            "loop": every(loop.label), "cycle": np.arange(len(x)), "x_set": x, "shots": every(max(loop.shots, 1)),
+            "detuning_1_set_hz": every(loop.detuning_1_set_hz), "detuning_2_set_hz": every(loop.detuning_2_set_hz),
+            "n_x": every(0.0), "n_y": every(0.0),
+        }  # fmt: skip
+        if windows:
+            length = loop.window_cycles if loop.window_cycles is not None else config.memory.window_cycles
+            own["window_cycles"] = every(float(length))
+        for name, values in own.items():
+            columns.setdefault(name, []).append(values)
+    given: Any = {name: np.concatenate(values) for name, values in columns.items()}
+    return LoopTable(**given, name="design")
 
 
 def device_from(config: Config) -> AbstractMemristor:

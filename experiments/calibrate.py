@@ -22,7 +22,7 @@ from calibration.scan_tables import ScanTable
 from experiments import report
 from experiments.build import device_from
 from experiments.progress import search_progress, work_progress
-from experiments.provenance import Stopwatch, provenance, versions
+from experiments.provenance import Stopwatch, hashes_of, provenance, versions
 from experiments.records import RunFolder
 from experiments.schema import Config, Uncertainty
 from twin.loop import AbstractMemristor
@@ -76,7 +76,6 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
         f"{found.status}; chi2/dof {found.chi2_per_dof:.3f}; "
         + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     )
-    hashes = {name: table.sha256 for name, table in tables.items()}
     result = {
         "kind": "fit",
         "status": found.status,
@@ -102,7 +101,7 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
         "seconds": seconds,
         "seconds_by_stage": found.seconds,
         **provenance(),
-        "data_sha256": hashes if len(hashes) > 1 else next(iter(hashes.values())),
+        "data_sha256": hashes_of(tables),
     }
     out.write_result(result)  # first: what follows cannot lose it
     arrays = _arrays(tables, found) if found.predictions else None

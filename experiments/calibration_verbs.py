@@ -56,18 +56,17 @@ def track(
     """Tell from later loop tables, in order, whether a fit is still valid; a run that stands is continued."""
     from calibration.data import read_table
     from experiments.config import load_config
-    from experiments.records import OutputError, Run, check_output, is_run
+    from experiments.records import Run, check_output, finished_fit, is_run
 
     resolved = load_config(config, verb="track", sets=sets)
-    if "parameters" not in Run(fit_run).result:
-        raise OutputError(f"{fit_run}: this run is no fit, it has no parameters; name the folder of a fit.")
+    finished_fit(fit_run)
     if not tables and watch is None:
         raise click.UsageError("there is nothing to track; name tables, or a folder with --watch.")
     if watch is not None and not watch.is_dir():
         raise click.UsageError(f"--watch {watch}: this is no folder; name the one that tables will appear in.")
     earlier = Run(out).result if is_run(out) and not replace else None
     check_output(out, replace=replace or (earlier or {}).get("kind") == "track")
-    columns = {n: c.model_dump(exclude_none=True) for n, c in resolved.data.columns.items()} if resolved.data else {}
+    columns = resolved.data.mapping() if resolved.data else {}
     given = [read_table(path, columns) for path in tables]
     opened = lambda: run_folder(out, True, resolved.to_toml())
     result = pipeline("track", "run", resolved, fit_run, given, earlier, opened, watch, interval)
@@ -132,12 +131,12 @@ def check(
 ) -> None:
     """Test whether the model of a fit is right, and compare it with rival explanations."""
     from experiments.config import load_config, load_tables
-    from experiments.records import CONFIG, OutputError, Run
+    from experiments.records import CONFIG, finished_fit
 
-    finished = Run(run)
-    if finished.result.get("kind") != "fit" or not finished.result.get("parameters"):
-        raise OutputError(f"{run}: this run holds no calibrated parameters; name the folder of a fit that ended well.")
+    finished = finished_fit(run)
     config = load_config(run / CONFIG, verb="fit", data=data, seed=seed)
+    if config.data is not None and config.data.scans:
+        raise click.UsageError(f"{run}: this fit has scans, but a check takes only loops; fit the loops alone.")
     tables = load_tables(config)
     if rivals and config.device.platform != "ion":
         raise click.UsageError(
@@ -163,14 +162,10 @@ def design(
 ) -> None:
     """Say which loop to measure next: the one that takes most from a named uncertainty in a minute."""
     from experiments.config import load_config, load_tables
-    from experiments.records import CONFIG, OutputError, Run
+    from experiments.records import CONFIG, finished_fit
 
     resolved = load_config(config, verb="design", sets=sets, seed=seed)
-    finished = Run(fit_run)
-    if finished.result.get("kind") != "fit" or not finished.result.get("parameters"):
-        raise OutputError(
-            f"{fit_run}: this run holds no calibrated parameters; name the folder of a fit that ended well."
-        )
+    finished = finished_fit(fit_run)
     fitted = load_config(fit_run / CONFIG, verb="fit")
     tables = load_tables(fitted)
     with run_folder(out, replace, resolved.to_toml()) as folder:

@@ -19,7 +19,7 @@ from calibration.posing import pose
 from calibration.problem import Loops, Problem
 from experiments import report
 from experiments.build import device_from
-from experiments.provenance import Stopwatch, provenance
+from experiments.provenance import Stopwatch, hashes_of, provenance
 from experiments.records import RunFolder
 from experiments.schema import Config
 
@@ -65,7 +65,6 @@ def run(
         comparison = others.compare(field, table, seed=seed, notes=notes)
         ranking = comparison.ranking
         said += comparison.sentences
-    hashes = {name: table.sha256 for name, table in tables.items()}
     result = {
         "kind": "check",
         "status": "done",
@@ -81,7 +80,7 @@ def run(
         "seed": seed,
         "seconds": clock.stop(),
         **provenance(),
-        "data_sha256": hashes if len(hashes) > 1 else next(iter(hashes.values())),
+        "data_sha256": hashes_of(tables),
     }
     out.write_result(result)  # first: what follows cannot lose it
     out.write_arrays(_arrays(problem, tables, values, found))

@@ -121,11 +121,11 @@ def optimize(
 ) -> None:
     """Design pulse commands for a device, as configured or as calibrated by a fit."""
     from experiments.config import load_config
-    from experiments.records import OutputError, Run
+    from experiments.records import finished_fit
 
     resolved = load_config(config, verb="optimize", sets=sets, seed=seed)
-    if fit_run is not None and "parameters" not in Run(fit_run).result:
-        raise OutputError(f"{fit_run}: this run is no fit, it has no parameters; name the folder of a fit.")
+    if fit_run is not None:
+        finished_fit(fit_run)
     with run_folder(out, replace, resolved.to_toml()) as folder:
         result = pipeline("optimize", "run", resolved, fit_run, folder, resolved.seed_of("optimize"))
     finish(result, as_json, f"written to {out}")

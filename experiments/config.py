@@ -141,9 +141,8 @@ def load_table(config: Config) -> LoopTable:
 
 def _load(config: Config, path: str) -> LoopTable:
     assert config.data is not None
-    columns = {name: column.model_dump(exclude_none=True) for name, column in config.data.columns.items()}
     try:
-        table = read_table(path, columns)
+        table = read_table(path, config.data.mapping())
     except MappingError as error:
         raise ConfigError(f"data.{error}") from None
     inputs = table.n_x if table.kind == "counts" else table.x

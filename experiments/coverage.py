@@ -19,18 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration import coverage
-from calibration.data import LoopTable
 from calibration.formats import write_atomic
 from calibration.parameters import value_of
 from calibration.posing import pose
 from calibration.problem import Problem
 from experiments import report
-from experiments.build import device_from
+from experiments.build import device_from, settings_table
 from experiments.progress import Work, work_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
-from experiments.schema import Config, Simulate
-from twin.loop import sine_input
+from experiments.schema import Config
 
 # Tables of one call of the compiled program: a block is what a kill can lose.
 _TRIALS, _RANKS = 20, 10
@@ -54,7 +52,8 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
     clock = Stopwatch()
     wanted = config.coverage
     device = device_from(config)
-    problem = pose(device, design(config.simulate), config.fit.free, noise=config.fit.noise).problem
+    settings = settings_table(config, windows=any(one.window_cycles is not None for one in config.simulate.loops))
+    problem = pose(device, settings, config.fit.free, noise=config.fit.noise).problem
     truth = np.array([value_of(device, name) for name in problem.names], float)
     low, high = np.asarray(problem.free.low), np.asarray(problem.free.high)
     parts = _Parts(out.path.with_name(f"{out.path.name}.parts"), config.to_toml())
@@ -86,29 +85,6 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
     report.write(out)
     parts.remove()
     return result
-
-
-def design(settings: Simulate) -> LoopTable:
-    """The loops of [[simulate.loops]] as a table without counts; the memory supplies the transfers."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for loop in settings.loops:
-        x = np.asarray(sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period))
-        own = {
-            "loop": np.full(len(x), loop.label, object),
-            "cycle": np.arange(len(x)),
-            "x_set": x,
-            "detuning_1_set_hz": np.full(len(x), loop.detuning_1_set_hz),
-            "detuning_2_set_hz": np.full(len(x), loop.detuning_2_set_hz),
-            "shots": np.full(len(x), loop.shots),
-            "n_x": np.zeros(len(x)),
-            "n_y": np.zeros(len(x)),
-        }
-        if all(one.window_cycles is not None for one in settings.loops):
-            own["window_cycles"] = np.full(len(x), loop.window_cycles)
-        for name, values in own.items():
-            columns.setdefault(name, []).append(values)
-    given: Any = {name: np.concatenate(values) for name, values in columns.items()}
-    return LoopTable(**given, name="design")
 
 
 class _Parts:

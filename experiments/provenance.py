@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -52,6 +53,12 @@ def provenance() -> dict[str, Any]:
         "precision": str(jnp.result_type(float)),
         "versions": versions(),
     }
+
+
+def hashes_of(tables: Mapping[str, Any]) -> str | dict[str, str]:
+    """The key `data_sha256` of a ``result.json``: the hash of the only table, or those of all by name."""
+    hashes = {name: table.sha256 for name, table in tables.items()}
+    return hashes if len(hashes) > 1 else next(iter(hashes.values()))
 
 
 class Stopwatch:

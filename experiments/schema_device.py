@@ -161,6 +161,10 @@ class Data(Table):
         {}, description="auxiliary scans of the same device, name = 'path' of a CSV file; see docs/scans.md"
     )
 
+    def mapping(self) -> dict[str, Any]:
+        """The columns as `calibration.data.read_table` takes them."""
+        return {name: column.model_dump(exclude_none=True) for name, column in self.columns.items()}
+
     @model_validator(mode="after")
     def _distinct(self) -> "Data":
         if self.name in self.more:

@@ -52,7 +52,7 @@ def run(
         for batch in batches:
             result = stream.take(batch, open_folder, clock)
         if watch is not None:
-            for batch in _appearing(watch, interval_s, _columns(config), stream.files):
+            for batch in _appearing(watch, interval_s, config.data.mapping() if config.data else {}, stream.files):
                 result = stream.take(batch, open_folder, clock)
     except KeyboardInterrupt:
         # A watched stream is ended this way; what was tracked stands already.
@@ -163,10 +163,6 @@ def reference_of(fit_run: Path) -> Reference:
     found = result["parameters"]
     mean, std = (np.array([found[name][key] for name in names], float) for key in ("value", "std"))
     return Reference(tuple(names), mean, matrix * np.outer(std, std), {name: fit.free[name] for name in names})
-
-
-def _columns(config: Config) -> dict[str, Any]:
-    return {n: c.model_dump(exclude_none=True) for n, c in config.data.columns.items()} if config.data else {}
 
 
 def _appearing(

@@ -11,6 +11,7 @@ import xarray as xr
 from calibration import twin_file, twin_use
 from calibration.data import LoopTable
 from experiments import report
+from experiments.build import settings_table
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
 from experiments.schema import Config
@@ -22,7 +23,8 @@ def predict(twin: Path, config: Config | None, table: LoopTable | None, out: Run
     loaded = twin_file.load(twin)
     if table is None:
         assert config is not None
-        table = _settings(config)
+        # Nothing is measured, so that the memory reads the model.
+        table = dataclasses.replace(settings_table(config, windows=True), n_x=None, name="[simulate]", sha256="")
     bands = twin_use.predict(loaded, table)
     result = {
         "kind": "predict", "status": "done", "from": str(twin), "notes": [*loaded.warnings, *bands.warnings],
@@ -44,22 +46,3 @@ def compare(incumbent: Path, candidate: Path, tables: Sequence[LoopTable]) -> di
     old, new = twin_file.load(incumbent), twin_file.load(candidate)
     found = twin_use.compare(old, new, tables)
     return {"status": "done", **found._asdict(), "notes": [*old.warnings, *new.warnings]}
-
-
-def _settings(config: Config) -> LoopTable:
-    """The loops of [simulate] as settings; nothing is measured, so the memory reads the model."""
-    assert config.simulate is not None
-    parts: list[dict[str, np.ndarray]] = []
-    for loop in config.simulate.loops:
-        cycles = loop.periods * loop.cycles_per_period + 1
-        window = loop.window_cycles if loop.window_cycles is not None else config.memory.window_cycles
-        parts.append({
-            "loop": np.full(cycles, loop.label), "cycle": np.arange(cycles),
-            "x_set": np.sin(np.pi * np.arange(cycles) / loop.cycles_per_period) ** 2,
-            "window_cycles": np.full(cycles, float(window)), "shots": np.ones(cycles, int),
-            "detuning_1_set_hz": np.full(cycles, loop.detuning_1_set_hz),
-            "detuning_2_set_hz": np.full(cycles, loop.detuning_2_set_hz),
-            "n_y": np.zeros(cycles),
-        })  # fmt: skip
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return dataclasses.replace(LoopTable(**joined), name="[simulate]")

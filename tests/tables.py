@@ -9,7 +9,10 @@ from twin.memory import MovingAverage
 from twin.memristor import ClosedForm, IonMemristor
 
 SCALES = {"rabi_scale_1": (0.7, 1.3), "rabi_scale_2": (0.7, 1.3)}
+LINES = {"detuning_1_hz": (-5e3, 5e3), "detuning_2_hz": (-5e3, 5e3), "laser_linewidth_hz": (0.0, 2e3)}
 READOUT = {"readout_error_bright": (0.0, 0.05), "readout_error_dark": (0.0, 0.05)}
+DEMO = SCALES | LINES | READOUT
+"""What the demo frees, in its order."""
 TRUTH = {
     "rabi_scale_1": 1.06,
     "rabi_scale_2": 0.95,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -50,15 +51,7 @@ def test_the_demo_is_the_promised_fit():
     config = load_config(CONFIGS / "demo.toml", verb="fit")
     assert config.fit is not None
     assert config.fit.starts == 16
-    assert config.fit.free == {
-        "rabi_scale_1": (0.7, 1.3),
-        "rabi_scale_2": (0.7, 1.3),
-        "detuning_1_hz": (-5e3, 5e3),
-        "detuning_2_hz": (-5e3, 5e3),
-        "laser_linewidth_hz": (0.0, 2e3),
-        "readout_error_bright": (0.0, 0.05),
-        "readout_error_dark": (0.0, 0.05),
-    }
+    assert config.fit.free == tables.DEMO
     device = config.device
     assert (device.scheme, device.sigma_1_s, device.sigma_2_s, device.separation_s) == ("lambda", 20e-6, 20e-6, 120e-6)
     assert (device.lead_s, device.tail_s, device.lifetime_s, device.branching) == (100e-6, 100e-6, 52.7e-3, 0.4)

@@ -26,12 +26,10 @@ from twin.planning import emulated
 # The demo's laser offsets, Hz.
 OFFSETS = (jnp.array([0.0, 0.0, 3000.0]), jnp.array([-3000.0, 0.0, 0.0]))
 ERROR = 1e-6
-LINES = {"detuning_1_hz": (-5e3, 5e3), "detuning_2_hz": (-5e3, 5e3), "laser_linewidth_hz": (0.0, 2e3)}
-DEMO_BOX = {**tables.SCALES, **LINES, **tables.READOUT}
 # Device, box, and how many parameters the tables depend on.
 CASES = {
-    "demo": ({}, DEMO_BOX, 3),
-    "v": ({"scheme": "v", "laser_linewidth_1_hz": 100.0}, DEMO_BOX, 3),
+    "demo": ({}, tables.DEMO, 3),
+    "v": ({"scheme": "v", "laser_linewidth_1_hz": 100.0}, tables.DEMO, 3),
     "shapes": (
         {},
         {**tables.SCALES, "detuning_1_hz": (-2e3, 2e3), "sigma_1_s": (18e-6, 22e-6), "separation_s": (100e-6, 140e-6)},
@@ -147,10 +145,10 @@ def test_mixed_runs_are_those_of_either_kind():
 # ------------------------------------------------------------------------------------------------ where it ends
 
 
-@pytest.mark.parametrize("name", [*LINES])
+@pytest.mark.parametrize("name", [*tables.LINES])
 def test_outside_the_box_there_is_no_answer(name):
     x, r, of_cycle = commands()
-    low, high = LINES[name]
+    low, high = tables.LINES[name]
     for value in (low - 1e-3 * (high - low), high + 1e-3 * (high - low)):
         if name == "laser_linewidth_hz" and value < 0:
             continue
@@ -225,7 +223,7 @@ def test_coherence_is_not_claimed():
 def test_a_box_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(emulator, "_LARGEST_TERMS", 20)
     with pytest.raises(EmulationError, match=r"more than 20 terms in 3 parameters .* 1e-06; narrow the boxes"):
-        emulated(ion(), DEMO_BOX, Settings(*OFFSETS, jnp.array([0])), error=ERROR)
+        emulated(ion(), tables.DEMO, Settings(*OFFSETS, jnp.array([0])), error=ERROR)
 
 
 # ------------------------------------------------------------------------------------------------ in a calibration
@@ -240,7 +238,7 @@ def every_eighth():
 @functools.cache
 def posed():
     """The question of the demo, its seven free parameters, for fewer cycles."""
-    return pose(ion(method=Lindblad(1e-9)), every_eighth(), DEMO_BOX)
+    return pose(ion(method=Lindblad(1e-9)), every_eighth(), tables.DEMO)
 
 
 VALUES = jnp.array([1.02, 0.97, 900.0, -600.0, 500.0, 0.011, 0.018])
@@ -248,7 +246,7 @@ VALUES = jnp.array([1.02, 0.97, 900.0, -600.0, 500.0, 0.011, 0.018])
 
 def test_gradients_are_those_of_finite_differences_and_of_the_dynamics():
     problem, reference = posed().problem, posed().reference
-    assert problem.names == tuple(DEMO_BOX)
+    assert problem.names == tuple(tables.DEMO)
     at = eqx.filter_jit(lambda problem, v: problem.log_likelihood(v))
     slope = np.asarray(eqx.filter_jit(jax.grad(lambda v, p: p.log_likelihood(v)))(VALUES, problem))
     for k, width in enumerate(np.asarray(problem.free.width)):
@@ -306,7 +304,7 @@ def test_the_emulator_is_made_for_what_a_fit_needs():
 def test_a_fit_without_an_emulator_says_so_and_goes_on(monkeypatch):
     """Boxes that no polynomial serves: the dynamics are integrated at every step of the search, and a note tells."""
     monkeypatch.setattr(emulator, "_LARGEST_TERMS", 20)
-    found = pose(ion(method=Lindblad(1e-9)), every_eighth(), DEMO_BOX)
+    found = pose(ion(method=Lindblad(1e-9)), every_eighth(), tables.DEMO)
     (note,) = found.notes
     assert note.startswith("The dynamics were integrated anew at every step of the search: ")
     assert found.problem is found.reference

@@ -19,7 +19,6 @@ from calibration.parameters import FreeParameters
 from calibration.posing import pose
 from twin.memristor import Lindblad
 
-LINES = {"detuning_1_hz": (-5e3, 5e3), "detuning_2_hz": (-5e3, 5e3), "laser_linewidth_hz": (0.0, 2e3)}
 FREE = tables.SCALES | tables.READOUT
 
 
@@ -30,7 +29,7 @@ def recorded(key: int = 0) -> LoopTable:
 
 @functools.cache
 def demo():
-    return pose(tables.ion(method=Lindblad()), read_table(DEMO), tables.SCALES | LINES | tables.READOUT)
+    return pose(tables.ion(method=Lindblad()), read_table(DEMO), tables.DEMO)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 
 from calibration._minimize import Stage, minimize
 from twin.dynamics import StaticGrid
@@ -35,11 +36,8 @@ class Counting(AbstractMemory):
 
 
 BOX = {
-    "rabi_scale_1": (0.7, 1.3),
-    "rabi_scale_2": (0.7, 1.3),
-    "detuning_1_hz": (-5e3, 5e3),
-    "detuning_2_hz": (-5e3, 5e3),
-    "laser_linewidth_hz": (0.0, 2e3),
+    **tables.SCALES,
+    **tables.LINES,
     "sigma_1_s": (15e-6, 25e-6),
     "sigma_2_s": (15e-6, 25e-6),
     "separation_s": (100e-6, 140e-6),

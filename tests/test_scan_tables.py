@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from scipy import stats
 
 from calibration.parameters import FreeParameters, anchored
@@ -31,15 +32,6 @@ ION = IonMemristor(
     memory=MovingAverage(10.0), rabi_scale_1=1.06, rabi_scale_2=0.95, detuning_1_hz=420.0, detuning_2_hz=-350.0,
     laser_linewidth_hz=90.0, readout_error_bright=0.01, readout_error_dark=0.02,
 )  # fmt: skip
-BOXES = {
-    "rabi_scale_1": (0.7, 1.3),
-    "rabi_scale_2": (0.7, 1.3),
-    "detuning_1_hz": (-5e3, 5e3),
-    "detuning_2_hz": (-5e3, 5e3),
-    "laser_linewidth_hz": (0.0, 2e3),
-    "readout_error_bright": (0.0, 0.05),
-    "readout_error_dark": (0.0, 0.05),
-}
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -278,7 +270,7 @@ def test_cells_not_measured_stay_empty(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_the_log_likelihood_against_finite_differences(kind):
-    boxes = BOXES | {"sigma_1_s": (18e-6, 22e-6), "separation_s": (110e-6, 130e-6), "n_bar": (0.0, 4.0)}
+    boxes = tables.DEMO | {"sigma_1_s": (18e-6, 22e-6), "separation_s": (110e-6, 130e-6), "n_bar": (0.0, 4.0)}
     ion = dataclasses.replace(ION, n_bar=2.0, eta_1=0.07, eta_2=0.06, phonon_nodes=4, method=StaticGrid(error=1e-11))
     ion = anchored(ion)
     parameters = FreeParameters.from_boxes(boxes)
@@ -302,10 +294,12 @@ def test_new_values_reuse_the_program():
         traces.append(1)
         return jax.value_and_grad(lambda v: scan.log_likelihood(parameters.apply(ION, v)))(values)
 
-    parameters = FreeParameters.from_boxes(BOXES)
+    parameters = FreeParameters.from_boxes(tables.DEMO)
     for kind in KINDS:
         table = settings(kind)
-        scans = [Scan.from_table(synthesize_scan(ION, table, jax.random.key(k))).planned(ION, BOXES) for k in range(2)]
+        scans = [
+            Scan.from_table(synthesize_scan(ION, table, jax.random.key(k))).planned(ION, tables.DEMO) for k in range(2)
+        ]
         first = value_and_slope(parameters.middle, scans[0], parameters)
         traces.clear()
         second = value_and_slope(parameters.middle * 0.99 + 1e-3, scans[0], parameters)
@@ -317,7 +311,7 @@ def test_new_values_reuse_the_program():
 def test_scans_alone_recover_scale_and_detuning():
     """Rabi and frequency scan of pulse 1, counts drawn from the truth: Gauss-Newton lands within its errors."""
     names = ("rabi_scale_1", "detuning_1_hz")
-    boxes = {name: BOXES[name] for name in names}
+    boxes = {name: tables.DEMO[name] for name in names}
     parameters = FreeParameters.from_boxes(boxes)
     rabi = ScanTable(kind="rabi", columns={"pulse": np.ones(20), "area_rad": np.linspace(0.4, 8, 20),
                                            "shots": np.full(20, 500), "n": np.zeros(20)})  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import qutip
+import tables
 from scipy.special import eval_laguerre
 
 from twin.dynamics import StaticGrid
@@ -44,13 +45,7 @@ SCANS = {
     "ramsey": RamseyScan(WAITS_S, jnp.linspace(-3, 3, 7), detuning_set_hz=150.0),
 }
 BOX = {
-    "rabi_scale_1": (0.7, 1.3),
-    "rabi_scale_2": (0.7, 1.3),
-    "detuning_1_hz": (-5e3, 5e3),
-    "detuning_2_hz": (-5e3, 5e3),
-    "laser_linewidth_hz": (0.0, 2e3),
-    "readout_error_bright": (0.0, 0.05),
-    "readout_error_dark": (0.0, 0.05),
+    **tables.DEMO,
     "sigma_1_s": (15e-6, 25e-6),
     "separation_s": (100e-6, 140e-6),
 }

@@ -16,7 +16,7 @@ from calibration.data import read_table
 from calibration.likelihood import Experiment, pearson_chi2, predict
 from calibration.parameters import value_of
 from experiments import simulate
-from experiments.build import device_from, memory_from
+from experiments.build import device_from, memory_from, settings_table
 from experiments.config import Config, parse_config
 from experiments.records import Run, RunFolder
 from experiments.schema_device import Device
@@ -240,3 +240,13 @@ def test_the_verb(tmp_path):
     assert json.loads(done.stdout)["seed"] == 7
     names = {"arrays.nc", "config.toml", "figures", "log.txt", "report.html", "result.json", "table.csv"}
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == names
+
+
+def test_a_loop_without_a_window_of_its_own_has_that_of_the_memory():
+    bare = {key: value for key, value in LOOP.items() if key != "window_cycles"}
+    settings = config(LOOP | {"window_cycles": 4.0}, bare | {"label": "B", "shots": 7}, memory={"window_cycles": 6.5})
+    table = settings_table(settings, windows=True)
+    np.testing.assert_array_equal(table.window_cycles, np.where(table.loop == "A", 4.0, 6.5))
+    np.testing.assert_array_equal(table.shots, np.where(table.loop == "A", 1, 7))
+    np.testing.assert_allclose(table.x_set, np.tile(np.sin(np.pi * np.arange(81) / 40) ** 2, 2), atol=1e-15)
+    assert settings_table(settings, windows=False).window_cycles is None
