@@ -315,8 +315,8 @@ def test_scans_alone_recover_scale_and_detuning():
     parameters = FreeParameters.from_boxes(boxes)
     rabi = ScanTable(kind="rabi", columns={"pulse": np.ones(20), "area_rad": np.linspace(0.4, 8, 20),
                                            "shots": np.full(20, 500), "n": np.zeros(20)})  # fmt: skip
-    tables = [synthesize_scan(ION, t, jax.random.key(8 + k)) for k, t in enumerate((rabi, settings("frequency")))]
-    scans = [Scan.from_table(table).planned(ION, boxes) for table in tables]
+    made = [synthesize_scan(ION, t, jax.random.key(8 + k)) for k, t in enumerate((rabi, settings("frequency")))]
+    scans = [Scan.from_table(table).planned(ION, boxes) for table in made]
     start = dataclasses.replace(ION, method=StaticGrid(differentiation="forward"))
 
     @jax.jit
