@@ -20,8 +20,10 @@ demo: $(READY)
 	$(BIN)/iontwin fit experiments/configs/demo.toml --out runs/demo --replace
 	$(BIN)/iontwin optimize experiments/configs/demo.toml --from runs/demo --out runs/demo-pulses --replace
 
+# Most of the time of a test is the compiler's: the first level of its optimization is enough to test with. The slow tests
+# run what users run.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
+	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow --durations=20 -rP

@@ -69,7 +69,9 @@ def assert_within_the_stated_error(by_series, directly, requested=ERROR):
         assert bool(jnp.all(error <= one.error_estimate + 0.1 * requested))
 
 
-@pytest.mark.parametrize(("scheme", "draws"), [("lambda", 200), ("v", 50), ("ladder", 50)])
+@pytest.mark.parametrize(
+    ("scheme", "draws"), [("lambda", 200), *(pytest.param(s, 50, marks=pytest.mark.slow) for s in ("v", "ladder"))]
+)
 def test_random_devices(scheme, draws):
     """Each with 12 cycles of its own; 0 and 1 among the commands."""
     rng = np.random.default_rng(11)
@@ -80,6 +82,7 @@ def test_random_devices(scheme, draws):
     assert_within_the_stated_error(*programs(scheme)(values, x, r, d1, d2))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_device(data):
@@ -134,6 +137,7 @@ def test_fewer_nodes_for_larger_errors_and_none_for_the_overlap_of_distant_pulse
 # ------------------------------------------------------------------------------------------------ where it serves
 
 
+@pytest.mark.slow
 def test_series_serve_long_loops_and_direct_solves_short_ones():
     x = sine_input(periods=3, cycles_per_period=40)
     assert run(ion(), x).method == "area series"
@@ -141,7 +145,11 @@ def test_series_serve_long_loops_and_direct_solves_short_ones():
     assert run(ion(method=Lindblad(1e-6)), x[:45]).method == "area series"  # coarser: fewer nodes
 
 
-@pytest.mark.parametrize("moving", [{}, {"n_bar": 5.0, "eta_1": 0.08, "eta_2": 0.07, "phonon_nodes": 6}], ids=str)
+@pytest.mark.parametrize(
+    "moving",
+    [pytest.param({}, marks=pytest.mark.slow), {"n_bar": 5.0, "eta_1": 0.08, "eta_2": 0.07, "phonon_nodes": 6}],
+    ids=str,
+)
 def test_loops_under_several_settings_with_motion(moving):
     x = sine_input(periods=2, cycles_per_period=40)
     offsets = {"detuning_1_set_hz": np.where(np.arange(81) < 40, 0.0, 2e3), "detuning_2_set_hz": -700.0}
@@ -170,6 +178,7 @@ def test_gradients_in_every_parameter():
         assert float(slopes[name]) * value == pytest.approx(float(numeric) * value, rel=2e-5, abs=2e-7), name
 
 
+@pytest.mark.slow
 def test_the_derivative_in_the_areas_is_exact():
     """At a point, to the error of the series; and zero by rule at commands of 0 and 1."""
     twin = ion(method=AreaSeries(StaticGrid(1e-10)), detuning_1_hz=800.0).prepared(jnp.ones(1), Settings())

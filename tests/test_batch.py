@@ -109,7 +109,7 @@ def test_too_few_steps_are_flagged():
 
 
 @pytest.mark.parametrize("method", [Magnus(), StaticGrid(1e-6)], ids=["magnus", "static grid"])
-@pytest.mark.parametrize("save_s", [TIMES[:7], None], ids=["saved", "end"])
+@pytest.mark.parametrize("save_s", [TIMES[:7], pytest.param(None, marks=pytest.mark.slow)], ids=["saved", "end"])
 def test_blocks_and_shards_give_what_evolve_gives(method, save_s):
     whole = solve(method, save_s)
     for block, shards in ((32, 1), (64, 2), (LANES, 1)):
@@ -159,6 +159,7 @@ def test_a_bad_lane_stays_alone():
     np.testing.assert_array_equal(valid, others)
 
 
+@pytest.mark.slow
 def test_derivatives_go_through_blocks_in_both_modes():
     system, pulses = devices()
 

@@ -103,6 +103,7 @@ def test_scatter_is_exact_where_counts_are_small():
     assert np.mean(wrong < 0.05) > 0.12
 
 
+@pytest.mark.slow
 def test_the_shape_does_not_depend_on_where_the_search_ended(table):
     """Neyman's C(alpha): half a standard error beside the optimum, the statistic is the same to second order."""
     problem = pose(study.ion(), table, BOXES).problem
@@ -167,6 +168,7 @@ def test_a_law_of_outliers_is_not_tested(table):
         check(problem, table, problem.free.middle)
 
 
+@pytest.mark.slow
 def test_held_out_loops_are_predicted_as_expected_or_worse(table):
     problem = pose(study.ion(), table, BOXES).problem
     found = predictive.held_out(problem, table, fitted(problem), draws=100)
@@ -191,6 +193,7 @@ def test_one_loop_is_left_out_in_blocks(table):
     assert np.all(np.sum([fold.rows[0] for fold in found], axis=0) == 1)
 
 
+@pytest.mark.slow
 def test_area_and_form_belong_to_the_last_period(table):
     problem = pose(study.ion(), table, BOXES).problem
     found = {one.name: one for one in predictive.posterior_predictive(problem, table, fitted(problem), draws=100)}

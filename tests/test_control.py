@@ -199,6 +199,7 @@ def test_progress_and_history_fall():
     assert design.history[-1] <= design.history[0]
 
 
+@pytest.mark.slow
 def test_a_device_without_faults_is_not_made_worse():
     """Its commands are the best there are, up to the decay: whatever is found, it is not worse."""
     ideal = faulty(rabi_scale_1=1.0, rabi_scale_2=1.0, detuning_1_hz=0.0)

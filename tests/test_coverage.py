@@ -53,6 +53,7 @@ def test_the_interval_of_a_coverage_is_exact():
     assert coverage._counted("a", "laplace", 0, 2000, 5).low == 0.0
 
 
+@pytest.mark.slow
 def test_ranks_of_the_posterior_are_uniform():
     """Forty tables whose truth is drawn from the prior, two parameters that may lean on their bounds."""
     boxes = {"rabi_scale_1": (0.7, 1.3), "readout_error_dark": (0.0, 0.05)}

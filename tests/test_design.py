@@ -51,6 +51,7 @@ def test_the_fastest_loop_comes_first(designer):
     assert {one.candidate for one in free} == set(CANDIDATES)
 
 
+@pytest.mark.slow
 def test_forecasts_come_true(designer):
     """150 simulations: realized within a quarter of the forecast, beyond what scatter explains."""
     ranked = designer.proposals("rabi_scale_2", shot_s=5e-3, overhead_s=60.0)

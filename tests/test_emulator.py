@@ -107,7 +107,9 @@ def assert_within_the_stated_error(case: str, count: int):
     np.testing.assert_allclose(jnp.sum(found.populations, axis=1), 1.0, atol=3 * ERROR)
 
 
-@pytest.mark.parametrize("case", ["demo", "v", "shapes", "warm"])
+@pytest.mark.parametrize(
+    "case", ["demo", *(pytest.param(one, marks=pytest.mark.slow) for one in ("v", "shapes", "warm"))]
+)
 def test_random_devices_and_corners(case):
     """Against the static grid at a ten-thousandth of the error; some of the values never enter the equations."""
     assert_within_the_stated_error(case, 60)

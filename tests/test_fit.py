@@ -190,6 +190,7 @@ def test_the_photonic_memristor_is_fitted_through_the_same_door():
     assert result.parameters["loss"].verdict == "identified"
 
 
+@pytest.mark.slow
 def test_a_window_is_recovered_where_the_memory_is_used():
     """No recorded transfer: the twin's memory averages the recorded counts over a window that is not an integer."""
     settings = tables.changed(SETTINGS, window_cycles=None)

@@ -156,6 +156,7 @@ def posed(device, settings, *names: str) -> Problem:
     return pose(device, table, {name: boxes[name] for name in names}).problem
 
 
+@pytest.mark.slow
 def test_width_against_rabi_scale_is_an_area_for_any_number_of_shots():
     problem = posed(tables.ion(), LOOPS, "rabi_scale_1", "rabi_scale_2", "sigma_1_s")
     for groups in found_in(problem, TRUTH, 6):
@@ -168,6 +169,7 @@ def test_width_against_rabi_scale_is_an_area_for_any_number_of_shots():
         assert "no number of shots would separate them" in group.sentence
 
 
+@pytest.mark.slow
 def test_a_detuned_loop_tells_width_from_rabi_scale():
     """The width of a line is set by the duration alone."""
     offsets = {"detuning_1_set_hz": np.repeat([0.0, 9e3], 21)}
@@ -190,11 +192,13 @@ def test_phonons_against_rabi_scales():
         assert "more data of this kind separate them slowly" in group.sentence
 
 
+@pytest.mark.slow
 def test_phonons_are_known_where_rabi_scales_are():
     device = tables.ion(phonon_nodes=8, eta_1=0.06, eta_2=0.06)
     assert found_in(posed(device, LOOPS, "n_bar", "readout_error_bright"), TRUTH, 6) == [[]] * 6
 
 
+@pytest.mark.slow
 def test_linewidth_against_readout_on_the_demo():
     """Settings of the demo: what both take from the contrast differs a little, so more data would help."""
     device = tables.ion(method=Lindblad())
@@ -209,7 +213,8 @@ def test_linewidth_against_readout_on_the_demo():
         assert "more data of this kind separate them slowly" in group.sentence
 
 
-@pytest.mark.parametrize("studied", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("studied", [100])
 def test_a_well_posed_question_raises_no_alarm(studied):
     """Settings of the demo without the linewidth."""
     device = tables.ion(method=Lindblad(), laser_linewidth_hz=300.0)
@@ -222,6 +227,7 @@ def test_a_well_posed_question_raises_no_alarm(studied):
 # ------------------------------------------------------------------------------------------------ areas
 
 
+@pytest.mark.slow
 def test_an_area_is_known_where_its_factors_are_not():
     """Value and error of the product as when the width is fixed, though the pair's own covariance is singular."""
     problem = posed(tables.ion(), LOOPS, "rabi_scale_1", "rabi_scale_2", "sigma_1_s")

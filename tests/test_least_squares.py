@@ -152,6 +152,7 @@ def test_starts_are_spread_evenly():
 # ------------------------------------------------------------------------------------------------ a day's drift
 
 
+@pytest.mark.slow
 def test_each_table_has_its_own_detuning():
     """One drifting line, one pulse, two days: small tables under the full dynamics."""
     settings = tables.settings((5.0,), cycles=24, shots=1000, detuning_1_set_hz=np.where(np.arange(24) % 2, 3e3, -3e3))

@@ -47,6 +47,7 @@ def values_of(problem: Problem):
 # ------------------------------------------------------------------------------------------------ several tables
 
 
+@pytest.mark.slow
 def test_tables_add_up():
     both = pose(tables.ion(), {"monday": recorded(1), "tuesday": recorded(2, 33)}, FREE).problem
     parts = [pose(tables.ion(), table, FREE).problem for table in (recorded(1), recorded(2, 33))]
@@ -61,6 +62,7 @@ def test_tables_add_up():
     np.testing.assert_allclose(slope_of(both, at), sum(np.asarray(slope_of(p, at)) for p in parts), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_what_belongs_to_a_table_touches_that_table_alone():
     named = {"monday": recorded(1), "tuesday": recorded(2, 33)}
     problem = pose(tables.ion(), named, FREE, per_table=["rabi_scale_2"]).problem
@@ -141,7 +143,7 @@ def scores(problem: Problem, values, keys):
     return jax.lax.map(one, keys, batch_size=50)
 
 
-@pytest.mark.parametrize("noise", ["binomial", "beta_binomial"])
+@pytest.mark.parametrize("noise", ["binomial", pytest.param("beta_binomial", marks=pytest.mark.slow)])
 def test_information_is_the_scatter_of_the_score(noise):
     """600 simulated tables.
 
@@ -163,6 +165,7 @@ def test_information_is_the_scatter_of_the_score(noise):
         assert np.max(np.abs(off[k, :4])) < 5 / np.sqrt(draws), scale
 
 
+@pytest.mark.slow
 def test_errors_under_the_t_law_are_those_of_its_estimates():
     """Godambe: H^-1 J H^-1 of its scores and curvatures is the inverse information times Huber's factor."""
     problem, draws = single("student_t"), 600
@@ -180,6 +183,7 @@ def test_errors_under_the_t_law_are_those_of_its_estimates():
 # ------------------------------------------------------------------------------------------------ simulation
 
 
+@pytest.mark.slow
 def test_a_simulated_controller_follows_its_own_counts():
     """No recorded transfer: r averages the simulated inputs, as in `synthesize`, and not the recorded ones."""
     settings = tables.settings((5.0,), cycles=21, shots=30)  # no counts at all: r would be near zero
@@ -334,6 +338,7 @@ def test_outliers_spoil_the_binomial_fit_and_not_the_robust_one():
     assert "does not describe" in note
 
 
+@pytest.mark.slow
 def test_overdispersion_is_recovered_with_honest_errors():
     """Counts whose probability fluctuates from row to row: the plain law would understate every error."""
     problem = pose(tables.ion(), tables.settings((5.0, 9.0), cycles=43), FREE, noise="beta_binomial").problem

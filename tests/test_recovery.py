@@ -57,6 +57,7 @@ def assert_intervals_cover(device, settings, boxes, truth, *, starts: int, least
             assert 0.85 <= covered[name] / count <= 1.0, (name, covered[name], count)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Closed form: Rabi scales and readout errors."""
     boxes = tables.SCALES | tables.READOUT

@@ -85,6 +85,7 @@ def of_the_ion():
     return field, compare(field, table, starts=3, notes=notes)
 
 
+@pytest.mark.slow
 def test_the_data_of_an_ion_prefer_it(of_the_ion):
     field, found = of_the_ion
     assert {rival.name for rival in field} == {FULL, KERNEL, CONSTANT, INSTANTANEOUS, CLASSICAL}
@@ -95,6 +96,7 @@ def test_the_data_of_an_ion_prefer_it(of_the_ion):
     assert any("so the two are one" in s for s in found.sentences)
 
 
+@pytest.mark.slow
 def test_criteria_are_what_they_are_called(of_the_ion):
     one = of_the_ion[1].ranking[0]
     cells = 2 * 74
@@ -108,7 +110,9 @@ def test_criteria_are_what_they_are_called(of_the_ion):
 @pytest.mark.parametrize(
     ("truth", "winner"),
     [
-        (ClassicalMemristor(mobility_per_cycle=0.3, r_off=0.1, r_on=0.9), CLASSICAL),
+        pytest.param(
+            ClassicalMemristor(mobility_per_cycle=0.3, r_off=0.1, r_on=0.9), CLASSICAL, marks=pytest.mark.slow
+        ),
         (Memoryless(r_at_0=0.2, r_at_1=0.7), INSTANTANEOUS),
     ],
     ids=["classical", "instantaneous"],

@@ -210,6 +210,7 @@ def test_reading_a_scan_needs_no_jax(tmp_path):
 # ------------------------------------------------------------------------------------------- as data of a calibration
 
 
+@pytest.mark.slow
 def test_rows_are_asked_in_the_order_of_the_table():
     table = settings("rabi", 7)
     p = np.asarray(Scan.from_table(table).predict(ION))
@@ -268,7 +269,7 @@ def test_cells_not_measured_stay_empty(tmp_path):
         synthesize_scan(dataclasses.replace(ION, readout_error_dark=0.9), one_side, jax.random.key(0), 100)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rabi", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "rabi")])
 def test_gradient_of_the_log_likelihood_against_finite_differences(kind):
     boxes = tables.DEMO | {"sigma_1_s": (18e-6, 22e-6), "separation_s": (110e-6, 130e-6), "n_bar": (0.0, 4.0)}
     ion = dataclasses.replace(ION, n_bar=2.0, eta_1=0.07, eta_2=0.06, phonon_nodes=4, method=StaticGrid(error=1e-11))

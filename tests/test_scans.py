@@ -158,6 +158,7 @@ def test_ramsey_pulses_that_coincide_are_one_pulse():
     np.testing.assert_allclose(two, PulseScan(1, jnp.array([1.6, 2.8])).probability(device), atol=3e-9)
 
 
+@pytest.mark.slow
 def test_a_cycle_at_full_command_is_a_row_of_the_scan():
     """The scans see the pulses of the device's own cycles."""
     for scheme in SCHEMES:
@@ -168,6 +169,7 @@ def test_a_cycle_at_full_command_is_a_row_of_the_scan():
         np.testing.assert_allclose(row, device.assigned(response.populations), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_hot_ions_are_averaged_over_fock_states():
     area, wait, eta = jnp.linspace(2, 20, 7), jnp.linspace(1e-4, 1e-3, 7), 0.08
     hot = ion(n_bar=12.0, eta_1=eta, eta_2=0.06, phonon_nodes=2, heating_rate_per_s=0.0)
@@ -196,7 +198,9 @@ def test_thermal_nodes_reach_the_error_they_promise():
         nodes_for(50.0, 0.2, 300.0, 1e-8)
 
 
-@pytest.mark.parametrize("kind", SCANS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=() if one in ("rabi 1", "ramsey") else pytest.mark.slow) for one in SCANS]
+)
 def test_gradients_against_finite_differences(kind):
     names = ("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz", "sigma_1_s",
              "sigma_2_s", "nominal_sigma_1_s", "separation_s", "lead_s", "tail_s", "lifetime_s", "n_bar", "eta_1",
@@ -230,6 +234,7 @@ def test_gradients_against_finite_differences(kind):
     assert along == pytest.approx(float(jnp.sum(slope)), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_commanded_numbers_have_gradients():
     scan = SCANS["rabi 1"].planned(ion(), {})
     for name, size in (("area_rad", 1.0), ("sigma_s", 1e-5), ("detuning_set_hz", 1e3)):
