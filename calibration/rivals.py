@@ -20,7 +20,7 @@ References:
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -106,7 +106,7 @@ class _SeparatedPulses(AbstractMemristor):
             readout_error_dark=self.readout_error_dark,
         )
 
-    def prepared(self, x_set, settings: Settings) -> Self:
+    def prepared(self, x_set, settings: Settings) -> "_SeparatedPulses":
         del x_set, settings
         return self
 

@@ -224,8 +224,8 @@ def test_the_verb_checks_a_fit(tmp_path, table):
     refused = _ran("check", tmp_path / "check", "--out", tmp_path / "again")
     assert refused.returncode == 2 and "name the folder of a fit" in refused.stderr
     assert not (tmp_path / "again").exists()
-    with (tmp_path / "fit" / "config.toml").open("a") as file:
-        file.write('\n[data.scans]\nrabi = "rabi.csv"\n')
+    fitted = tmp_path / "fit" / "config.toml"
+    fitted.write_text(fitted.read_text().replace("[data.scans]\n", '[data.scans]\nrabi = "rabi.csv"\n'))
     refused = _ran("check", tmp_path / "fit", "--out", tmp_path / "again")
     assert refused.returncode == 2 and "this fit has scans" in refused.stderr
 
