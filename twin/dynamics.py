@@ -162,7 +162,7 @@ def pose(
         if not is_traced(saves, window) and bool(jnp.any((saves < window[0]) | (saves > window[1]))):
             raise ValueError(f"`save_s` must lie inside the window {window_s}, but is {save_s}; times are in seconds.")
     pure = system.closed and (isinstance(start, str) or np.ndim(start) == 1)
-    state = _initial_state(system, start, pure)
+    state = initial_components(system, start, pure)
     kept = reached(system, np.flatnonzero(np.any(state.reshape(len(state), -1), axis=1)).tolist(), pure=pure)
     state = jnp.asarray(state[np.array(kept)])
     missing = (1,) * (1 + len(shape) - state.ndim)
@@ -277,7 +277,12 @@ def _sensible(problem: Problem, shape: tuple[int, ...]) -> Bool[Array, "..."]:
     return jnp.broadcast_to(good, shape)
 
 
-def _initial_state(system: LevelSystem, start, pure: bool) -> Float[np.ndarray, "components ..."]:
+def initial_components(system: LevelSystem, start, pure: bool) -> Float[np.ndarray, "components ..."]:
+    """Real components of a level's name, a ket or a density matrix; of a ket where `pure`.
+
+    Raises:
+        ValueError: a name or a shape that the graph does not have.
+    """
     n = len(system.levels)
     if isinstance(start, str):
         if start not in system.levels:

@@ -136,15 +136,19 @@ def step(
     """One step of the state, a tuple of components; `slopes(system, drives, y)` is the right-hand side of each."""
     nodes = [drives(grids.StageTime(start_s + c * length_s, start_s + 0.5 * length_s)) for c in _NODES]
     # The two exponentials share the part that does not depend on time; each takes half a step of it.
-    # Every number of a graph is an energy or a rate.
-    half = jax.tree.map(lambda number: number * (0.5 * length_s), system)
+    half = times(system, 0.5 * length_s)
     for near, far in ((0, 1), (1, 0)):
         blend = [
             _blend(length_s * _NEAR, first, length_s * _FAR, second)
             for first, second in zip(nodes[near], nodes[far], strict=True)
         ]
-        y = _exponential(lambda v, blend=blend: slopes(half, blend, v), y)
+        y = exponential(lambda v, blend=blend: slopes(half, blend, v), y)
     return y
+
+
+def times(system: LevelSystem, length_s: Float[Array, "..."]) -> LevelSystem:
+    """The graph with its generator multiplied by a time: every number of it is an energy or a rate."""
+    return jax.tree.map(lambda number: number * length_s, system)
 
 
 def walk(
@@ -175,15 +179,22 @@ def _blend(a, one: Drive, b, other: Drive) -> Drive:
     return Drive(a * one.real + b * other.real, imag)
 
 
-def _exponential(generator: Callable[[State], list[Float[Array, "..."]]], y: State) -> State:
-    """exp(generator) y by Horner's rule: y + G (y + G/2 (y + G/3 (...)))."""
+def exponential(generator: Callable[[State], list[Float[Array, "..."]]], y: State, degree: int = DEGREE) -> State:
+    """exp(generator) y by its Taylor polynomial, with Horner's rule: y + G (y + G/2 (y + G/3 (...)))."""
+
+    def factor(v: State, divisor) -> State:
+        share = 1.0 / divisor
+        return tuple(a + jnp.asarray(share, a.dtype) * b for a, b in zip(y, generator(v), strict=True))
 
     def some_factors(i, v):
         for k in range(_UNROLLED):
-            factor = 1.0 / (DEGREE - _UNROLLED * i - k)
-            v = tuple(a + factor.astype(a.dtype) * b for a, b in zip(y, generator(v), strict=True))
+            v = factor(v, degree - over - _UNROLLED * i - k)
             # Without the barrier the compiler computes each factor again for every component of the next.
             v = lax.optimization_barrier(v) if k < _UNROLLED - 1 else v
         return v
 
-    return lax.fori_loop(0, DEGREE // _UNROLLED, some_factors, y)
+    over = degree % _UNROLLED
+    v = y
+    for k in range(over):
+        v = lax.optimization_barrier(factor(v, degree - k))
+    return lax.fori_loop(0, degree // _UNROLLED, some_factors, v)
