@@ -127,6 +127,26 @@ def loops(columns: Columns, model: str = "fitted twin") -> Figure:
 
 
 @_styled
+def bands(columns: Columns) -> Figure:
+    """Predicted input and output of each loop, cycle by cycle, with their 95 % bands.
+
+    Args:
+        columns: one value a row: `loop`, `cycle`, and `p_`, `_low` and `_high` of x and y.
+    """
+    names = ("cycle", "p_x", "x_low", "x_high", "p_y", "y_low", "y_high")
+    groups = _each_loop(columns, *names)
+    figure, axes = _figure(len(groups), 3.0, sharey=True)
+    for ax, (label, rows) in zip(axes, groups, strict=True):
+        for name, colour in (("x", BLUE), ("y", ORANGE)):
+            ax.fill_between(rows["cycle"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.3, lw=0)
+            ax.plot(rows["cycle"], rows[f"p_{name}"], color=colour, lw=1.0, label=name)
+        ax.set(title=f"loop {label}", xlabel="cycle", ylabel="fraction read as s")
+        ax.label_outer()
+    axes[0].legend(loc="upper left", fontsize=8)
+    return figure
+
+
+@_styled
 def residuals(columns: Columns) -> Figure:
     """Standardized residuals of x and y against the cycle, for each loop.
 

@@ -36,6 +36,7 @@ _TITLES = {
     "check": "Check of the model",
     "coverage": "Coverage of intervals",
     "design": "Next measurement",
+    "predict": "Prediction",
 }
 
 
@@ -92,6 +93,14 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
             "Hysteresis loops",
             f"Points: what was measured, with standard errors. Line: the {model}; arrows show the order of the cycles.",
             plots.loops(columns, model),
+        )
+    if result.get("kind") == "predict":
+        yield Picture(
+            "bands",
+            "Predicted loops",
+            "Line: the input x and output y of the twin, as fractions read as s. Band: 95 %, what the calibration left "
+            "open; shot noise comes on top.",
+            plots.bands(columns),
         )
     if {"residual_x", "residual_y"} <= set(columns):
         yield Picture(
@@ -198,6 +207,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     if kind == "coverage":
         held = sum(row["verdict"] == "holds" for row in result["rows"])
         parts.append(f"{held} of {len(result['rows'])} rows hold what 95 % intervals promise.")
+    if kind == "predict":
+        parts.append(f"{result['rows']} cycles; the widest 95 % band of y is {result['largest_band']:.2g}.")
     if kind == "design":
         parts += result["notes"][:1]
     if kind == "track":
@@ -294,6 +305,12 @@ def _code(sentence: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
+def _valid(result: Mapping[str, Any]) -> bool:
+    """Whether a tracked twin still is."""
+    tracked = result.get("tables", []) if result.get("kind") == "track" else []
+    return not tracked or tracked[-1]["verdict"] == "still valid"
+
+
 def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -308,7 +325,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     status = str(result.get("status", "unknown"))
     return environment.get_template("report.html.j2").render(
         title=_TITLES.get(result.get("kind", ""), "Run"),
-        good=status in ("converged", "done") and not result.get("rejected", False),
+        good=status in ("converged", "done") and not result.get("rejected", False) and _valid(result),
         verdict=verdict(result),
         result=result,
         parameters={name: _readable(one) for name, one in parameters.items() if one["verdict"] != "fixed"},

@@ -107,6 +107,7 @@ def test_a_stream_is_tracked_and_continued(place, tmp_path, capsys):
     assert "Table by table" in html
     assert "moved-1.csv" in html
     assert "<code>rabi_scale_1</code> has moved" in html
+    assert 'class="verdict bad"' in html
     assert (out / "figures" / "drift.svg").is_file()
     assert call("report", out) == 0
 
@@ -188,7 +189,9 @@ def test_predictions_with_bands(place, tmp_path, capsys):
     )
     again = xr.load_dataset(tmp_path / "b" / "arrays.nc", engine="h5netcdf")
     np.testing.assert_allclose(again.p_x, arrays.p_x, atol=1e-6)
-    assert (tmp_path / "b" / "report.html").is_file()
+    html = (tmp_path / "b" / "report.html").read_text()
+    assert "Predicted loops" in html and "41 cycles; the widest 95 % band" in html
+    assert "Resolved configuration" not in html  # there was none
 
 
 def test_two_twins_are_compared(place, capsys):

@@ -198,12 +198,17 @@ def emulated(ion, series: AreaSeries, boxes: Mapping[str, tuple[float, float]], 
     # Corners, and points from the inside that no polynomial is made from, judge.
     judges = np.concatenate([_corners(len(names)), _spread(_JUDGES, len(names), seed=1)])
     judged = solve(judges)
+    points, tables = np.zeros((0, len(names))), {}
     for _ in range(_ATTEMPTS):
         index = _terms(degrees)
         if len(index) > _LARGEST_TERMS:
             break
-        points = _spread(max(math.ceil(_OVERSAMPLING * len(index)), 8), len(names), seed=0)
-        tables = solve(points)
+        # A longer sequence begins with the shorter one, so what was solved serves again.
+        more = _spread(max(math.ceil(_OVERSAMPLING * len(index)), 8), len(names), seed=0)[len(points) :]
+        if not len(more):
+            break
+        points, solved = np.concatenate([points, more]), solve(more)
+        tables = {name: np.concatenate([tables[name], one]) if tables else one for name, one in solved.items()}
         coefficients = _fitted(points, tables, index)
         deviation = _deviation(_evaluated(coefficients, index, judges), judged)
         own = max(float(np.max(tables[name])) for name in ("error_alone", "error_both"))
@@ -238,7 +243,7 @@ class _Tables:
     def __init__(self, ion, names, low, high, settings, largest):
         self.ion, self.names, self.low, self.high, self.settings, self.largest = (
             ion, names, low, high, settings, largest)  # fmt: skip
-        self.count = 0
+        self.count, self.compiled = 0, False
 
     def __call__(self, points: Float[np.ndarray, "points names"]) -> dict[str, np.ndarray]:
         """Fields of the tables, the point as first axis."""
@@ -253,10 +258,12 @@ class _Tables:
             found = _solved(self.ion, self.names, jnp.asarray(full), self.settings, self.largest)
             return {name: np.asarray(field)[: len(block)] for name, field in found.items()}
 
-        begins = range(0, len(values), _BLOCK)
-        # The first block compiles; the others share the cores.
+        begins = list(range(0, len(values), _BLOCK))
+        # The very first block compiles; the others share the cores.
+        blocks = [] if self.compiled else [solved(begins.pop(0))]
+        self.compiled = True
         with ThreadPoolExecutor(multiprocessing.cpu_count()) as pool:
-            blocks = [solved(begins[0]), *pool.map(solved, begins[1:])]
+            blocks += pool.map(solved, begins)
         found = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
         if not np.all(found.pop("valid")):
             raise EmulationError("a device in the box cannot be solved to the requested error; plan it for the box.")
@@ -360,7 +367,8 @@ def _vandermonde(points, index) -> np.ndarray:
 
 def _fitted(points, tables, index) -> dict[str, np.ndarray]:
     """Least squares; points dense at the edges make it as good as interpolation."""
-    solver = np.linalg.pinv(_vandermonde(points, index))
+    basis, triangle = np.linalg.qr(_vandermonde(points, index))
+    solver = np.linalg.solve(triangle, basis.T)
     return {name: np.tensordot(solver, tables[name], 1) for name in _FIELDS}
 
 
