@@ -13,6 +13,7 @@ import numpy as np
 from jax.scipy.special import erfc
 from jaxtyping import Array, Float
 
+from twin import motion
 from twin.area_series import AreaSeries, Timing, tabulate
 from twin.area_table import AreaTable
 from twin.batching import check_not_negative, check_positive, check_values, is_traced, physical, real_array
@@ -22,7 +23,6 @@ from twin.emulator import EmulatedSeries, EmulatedTable
 from twin.levels import SCHEMES, LevelSystem, Scheme
 from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
 from twin.memory import AbstractMemory
-from twin.motion import carrier_factors
 from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
@@ -170,7 +170,7 @@ class IonMemristor(AbstractMemristor):
         def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
             theta_1, theta_2 = self.areas(x_set, r_set)
-            factor_1, factor_2, weights = self._factors(jnp.ndim(x_set))
+            factor_1, factor_2, weights = self.carrier_factors(jnp.ndim(x_set))
             if self.phonon_nodes == 1:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
@@ -183,7 +183,7 @@ class IonMemristor(AbstractMemristor):
             else:
                 theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
                 response = self._solve(method, theta_1, theta_2, *now.by_cycle(), alone)
-            return response if self.phonon_nodes == 1 else _average(response, weights)
+            return response if self.phonon_nodes == 1 else averaged(response, weights)
 
         return respond
 
@@ -218,18 +218,23 @@ class IonMemristor(AbstractMemristor):
     # ------------------------------------------------------------------------------------------------ set points
 
     @property
+    def start(self) -> str:
+        """The level that the ion is prepared in."""
+        return self._scheme.start
+
+    @property
     def _scheme(self) -> Scheme:
         return SCHEMES[self.scheme]
 
     def areas(self, x_set, r_set) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Areas that the ion at rest sees for these commands, rad: theta_1 = 2 asin sqrt(x) (V: 2 acos), theta_2."""
-        commanded = set_area(x_set if self._scheme.start == "v" else 1 - x_set)
+        commanded = set_area(x_set if self.start == "v" else 1 - x_set)
         ratio_1 = 1.0 if self.nominal_sigma_1_s is None else self.sigma_1_s / self.nominal_sigma_1_s
         ratio_2 = 1.0 if self.nominal_sigma_2_s is None else self.sigma_2_s / self.nominal_sigma_2_s
         theta_1 = self.amplitude_1 * self.rabi_scale_1 * ratio_1 * commanded
         return theta_1, self.amplitude_2 * self.rabi_scale_2 * ratio_2 * set_area(r_set)
 
-    def _factors(
+    def carrier_factors(
         self, axes: int
     ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, "nodes ..."]]:
         """Debye-Waller factor of each pulse at each phonon number of the quadrature, and the weights.
@@ -239,7 +244,7 @@ class IonMemristor(AbstractMemristor):
         early = self.heating_rate_per_s * self.lead_s
         late = early + self.heating_rate_per_s * self.separation_s
         pulses = ((self.eta_1, early), (self.eta_2, late))
-        (factor_1, factor_2), weights = carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
+        (factor_1, factor_2), weights = motion.carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
         return factor_1, factor_2, weights
 
     def system(self, detuning_1_set_hz, detuning_2_set_hz) -> LevelSystem:
@@ -273,7 +278,7 @@ class IonMemristor(AbstractMemristor):
     def largest_areas(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Areas at full command, rad, of the ion at rest."""
         full = real_array(1.0)
-        return self.areas(full if self._scheme.start == "v" else 1 - full, full)
+        return self.areas(full if self.start == "v" else 1 - full, full)
 
     # ------------------------------------------------------------------------------------------------ solving
 
@@ -281,10 +286,10 @@ class IonMemristor(AbstractMemristor):
         """Series of an `AreaSeries` device at its settings, for areas up to `largest`, rad."""
         system = self.system(settings.detuning_1_hz, settings.detuning_2_hz)
         assert isinstance(self.method, AreaSeries)
-        return tabulate(self.method, system, self.timing, largest, self._scheme.start)
+        return tabulate(self.method, system, self.timing, largest, self.start)
 
     def _closed_form(self, theta_1, theta_2) -> Response:
-        areas = (theta_1, 0.0 if theta_2 is None else theta_2, self._scheme.start)
+        areas = (theta_1, 0.0 if theta_2 is None else theta_2, self.start)
         populations = list(separated_populations(*areas))
         zero = jnp.zeros_like(populations[0])
         stacked = jnp.stack(populations + [zero] * (len(self._scheme.levels) - 3))
@@ -302,7 +307,7 @@ class IonMemristor(AbstractMemristor):
         solution: Solution = evolve(
             self.system(d1, d2),
             self.pulses(theta_1, theta_2),
-            start=self._scheme.start,
+            start=self.start,
             window_s=self.window(alone),
             method=method,
         )
@@ -367,8 +372,8 @@ def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) 
     return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
-def _average(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
-    """The mean over phonon numbers, the first batch axis."""
+def averaged(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
+    """The mean of a response over phonon numbers, the first batch axis."""
     mean = lambda values: jnp.sum(weights * values, axis=1)
     return Response(
         mean(response.populations),

@@ -91,6 +91,16 @@ def largest_action(system: LevelSystem, largest_rad_s: float, longest_s: float, 
     return longest_s * (0.5 * width if pure else width + 2 * rates)
 
 
+def action_of(system: LevelSystem, slices: Slices) -> Float[Array, "..."]:
+    """The same bound on the largest h |L| of each lane, of a density matrix, for values of any kind."""
+    energies = system.energies_rad_s
+    square = slices.real_rad_s**2 + (0.0 if slices.imag_rad_s is None else slices.imag_rad_s**2)
+    rates = sum((d.rate_per_s for d in system.decays), jnp.zeros(()))
+    rates = rates + sum((d.rate_per_s * np.ptp(d.weights) ** 2 for d in system.dephasings), jnp.zeros(()))
+    constant = jnp.max(energies, axis=0) - jnp.min(energies, axis=0) + 2 * rates
+    return jnp.max(slices.length_s * (constant + jnp.sqrt(jnp.sum(square, axis=1))), axis=0)
+
+
 def propagate(
     system: LevelSystem, slices: Slices, start: str | np.ndarray, rule: Taylor, *, saved: bool = False
 ) -> Path:
