@@ -24,6 +24,7 @@ from twin.hysteresis import form_factor, signed_area
 from twin.loop import Settings, run, sine_input
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
 from twin.planning import SOLVES_OF_CYCLE
+from twin.sampled import SampledIon
 
 COMMANDS = (
     *("amplitude_1", "amplitude_2", "sigma_1_s", "sigma_2_s", "separation_s"),
@@ -33,6 +34,8 @@ _SET = ("detuning_1_set_hz", "detuning_2_set_hz")
 # Gauss-Legendre nodes a side over the commanded square; 12 change the rms of the demo device by less than 1e-6.
 _NODES = 10
 _STARTS = 4
+# Whatever plays both pulses.
+Playing = IonMemristor | SampledIon
 
 
 class Obedience(eqx.Module):
@@ -45,14 +48,14 @@ class Obedience(eqx.Module):
         """Solves of both pulses in one evaluation."""
         return float(_NODES**2)
 
-    def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
+    def value(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """The rms itself."""
         nodes, weights = np.polynomial.legendre.leggauss(_NODES)
         x, r = (a.ravel() for a in np.meshgrid((nodes + 1) / 2, (nodes + 1) / 2, indexing="ij"))
         weight = np.outer(weights, weights).ravel() / 4
         return jnp.sqrt(jnp.sum(weight * disobedience(device, jnp.asarray(x), jnp.asarray(r), offsets) ** 2))
 
-    def loss(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
+    def loss(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """Logarithm of the rms: steps stay useful however small it gets."""
         return jnp.log(self.value(device, offsets))
 
@@ -75,16 +78,16 @@ class LoopShape(eqx.Module):
         """Solves of both pulses in one evaluation."""
         return SOLVES_OF_CYCLE * (self.periods * self.cycles_per_period + 1)
 
-    def value(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
+    def value(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """Area or form factor of the last period."""
         x, y = self.loop(device, offsets)
         return signed_area(x, y) if self.name == "area" else form_factor(x, y)
 
-    def loss(self, device: IonMemristor, offsets: tuple[Array, Array]) -> Float[Array, ""]:
+    def loss(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
         """The negative value."""
         return -self.value(device, offsets)
 
-    def loop(self, device: IonMemristor, offsets: tuple[Array, Array]) -> tuple[Array, Array]:
+    def loop(self, device: Playing, offsets: tuple[Array, Array]) -> tuple[Array, Array]:
         """x and y of the last period."""
         inputs = sine_input(periods=self.periods, cycles_per_period=self.cycles_per_period)
         loop = run(device, inputs, detuning_1_set_hz=offsets[0], detuning_2_set_hz=offsets[1])
@@ -95,14 +98,14 @@ class LoopShape(eqx.Module):
 Target = Obedience | LoopShape
 
 
-def loop_target(name: str, device: IonMemristor, *, cycles_per_period: int = 40) -> LoopShape:
+def loop_target(name: str, device: Playing, *, cycles_per_period: int = 40) -> LoopShape:
     """A `LoopShape` with enough periods for the device's memory to reach its steady state."""
     window = float(getattr(device.memory, "window_cycles", 8 * getattr(device.memory, "tau_cycles", 1.0)))
     return LoopShape(name, cycles_per_period, 2 + math.ceil(window / cycles_per_period))
 
 
 def disobedience(
-    device: IonMemristor, x_set: Float[Array, " n"], r_set: Float[Array, " n"], offsets: tuple[Array, Array]
+    device: Playing, x_set: Float[Array, " n"], r_set: Float[Array, " n"], offsets: tuple[Array, Array]
 ) -> Float[Array, " n"]:
     """`y - (1 - r_set) x_set`: how far the output population is from what was commanded."""
     response = device.under(Settings(*offsets))(x_set, r_set, alone=False)

@@ -23,6 +23,8 @@ from twin.waveform import Waveform
 
 # What the reference of a result has beyond the optimizer: error of its polynomial, and slices a sample.
 _REFERENCE_ERROR, _FINER = 1e-12, 4
+# Of the loss, which is the logarithm of an error, or a number of order one.
+_TOLERANCE = 1e-6
 
 
 class Layout(eqx.Module):
@@ -40,6 +42,7 @@ class Layout(eqx.Module):
 
     def placed(self, pulses: Waveform) -> Waveform:
         """Both pulses, each a channel of the same samples, at their times."""
+
         def place(part):
             first = jnp.pad(part[:, :1], [(0, self.delay), (0, 0)])
             return jnp.concatenate([first, jnp.pad(part[:, 1:], [(self.delay, 0), (0, 0)])], axis=1)
@@ -53,8 +56,9 @@ class Shaped:
 
     Attributes:
         status: "converged" or "not converged: WHY".
-        metric: name of the target's number: of the pulses at the start (`before`), as the optimizer saw it at the end
-            (`after`), and of the exported samples, quantized, by finer slices and a tighter solver (`exported`).
+        metric: name of the target's number: of the pulses at the start without offsets (`before`), as the optimizer saw
+            it at the end (`after`), and of the exported samples, quantized, by finer slices and a tighter solver
+            (`exported`).
         waveform: the samples, quantized; full command plays them as they are.
         device: the ion that plays them.
         offsets_hz: laser offsets that go with them.
@@ -82,17 +86,17 @@ def gaussian_pulses(hardware: Hardware, samples: int, *, edge_sigmas: float = 3.
 
 
 def on_hardware(
-    ion: IonMemristor, hardware: Hardware, layout: Layout, pulses: Waveform, *, error: float = 1e-9,
+    ion: IonMemristor, hardware: Hardware, layout: Layout, waveform: Waveform, *, error: float = 1e-9,
     offsets_hz: tuple[float, float] = (0.0, 0.0),
 ) -> SampledIon:  # fmt: skip
-    """The ion under these pulses as the hardware plays them.
+    """The ion under a waveform as the hardware plays it.
 
     Args:
         ion: the (calibrated) device.
-        pulses: samples of both channels, shape (samples, 2).
+        waveform: samples of both channels at their times (`Layout.placed`).
         error: of populations. offsets_hz: laser offsets that will be set.
     """
-    drives = _lit(hardware, layout, pulses)
+    drives = _lit(hardware, layout, waveform)
     # The response of the modulator lies on both sides of the samples.
     around = len(drives.real_rad_s) - layout.oversampling * (layout.samples + layout.delay)
     alone = layout.oversampling * layout.samples + around
@@ -140,7 +144,9 @@ def shape(
     offsets_hz = (-float(ion.detuning_1_hz), -float(ion.detuning_2_hz)) if offsets_hz is None else offsets_hz
     first = gaussian_pulses(hardware, layout.samples) if start is None else start
     raw = hardware.unconstrained(first)
-    device = on_hardware(ion, hardware, layout, hardware.allowed(*raw), error=error, offsets_hz=offsets_hz)
+    device = on_hardware(
+        ion, hardware, layout, layout.placed(hardware.allowed(*raw)), error=error, offsets_hz=offsets_hz
+    )
     offsets = tuple(jnp.asarray(offset) for offset in offsets_hz)
     args = (device, hardware, layout, target, offsets)
     point = jnp.concatenate([part.ravel() for part in raw if part is not None])
@@ -152,37 +158,36 @@ def shape(
         if on_progress is not None:
             on_progress("shape", done, iterations, history[-1])
 
-    found = minimize(_loss, args, point[None], Stage("lbfgs", iterations, 1e-7), on_progress=report)
+    found = minimize(_loss, args, point[None], Stage("lbfgs", iterations, _TOLERANCE), on_progress=report)
     if not np.isfinite(found.values[0]):
         raise ValueError("the target is not finite at the starting pulses; start from others.")
     best = found.points[0]
-    waveform = hardware.quantized(_pulses(hardware, layout, best))
+    waveform = hardware.quantized(_waveform(hardware, layout, best))
     finer = dataclasses.replace(layout, oversampling=_FINER * layout.oversampling)
     exported = on_hardware(ion, hardware, finer, waveform, error=_REFERENCE_ERROR, offsets_hz=offsets_hz)
     still = "the search still moved at its last iteration"
     return Shaped(
         status="converged" if bool(found.converged[0]) else f"not converged: {still}",
         metric=target.name,
-        before=float(value(args, point)),
+        before=float(value((*args[:4], (jnp.zeros(()), jnp.zeros(()))), point)),
         after=float(value(args, best)),
         exported=float(eqx.filter_jit(target.value)(exported, offsets)),
-        waveform=layout.placed(waveform),
+        waveform=waveform,
         device=exported,
         offsets_hz=offsets_hz,
         history=history,
     )
 
 
-def _pulses(hardware: Hardware, layout: Layout, point: Float[Array, " numbers"]) -> Waveform:
+def _waveform(hardware: Hardware, layout: Layout, point: Float[Array, " numbers"]) -> Waveform:
     parts = point.reshape(1 if hardware.real_only else 2, hardware.raw_samples(layout.samples), 2)
-    return hardware.allowed(parts[0], None if hardware.real_only else parts[1])
+    return layout.placed(hardware.allowed(parts[0], None if hardware.real_only else parts[1]))
 
 
-def _lit(hardware: Hardware, layout: Layout, pulses: Waveform) -> Waveform:
+def _lit(hardware: Hardware, layout: Layout, waveform: Waveform) -> Waveform:
     """What reaches each line while one channel plays alone, shape (slices, lines, channels)."""
-    placed = layout.placed(pulses)
     one = lambda part: part[:, :, None] * jnp.eye(2)
-    alone = Waveform(one(placed.real_rad_s), one(placed.imag_rad_s), placed.sample_s, placed.start_s)
+    alone = Waveform(one(waveform.real_rad_s), one(waveform.imag_rad_s), waveform.sample_s, waveform.start_s)
     return hardware.played(alone, layout.oversampling)
 
 
@@ -191,14 +196,17 @@ def _real(hardware: Hardware) -> bool:
 
 
 def _value(args, point) -> Float[Array, ""]:
-    device, hardware, layout, target, offsets = args
-    return target.value(device.playing(_lit(hardware, layout, _pulses(hardware, layout, point))), offsets)
+    return args[3].value(_played(args, point), args[4])
 
 
 def _loss(point: Float[Array, " numbers"], args, each) -> Float[Array, ""]:
     del each
-    device, hardware, layout, target, offsets = args
-    return target.loss(device.playing(_lit(hardware, layout, _pulses(hardware, layout, point))), offsets)
+    return args[3].loss(_played(args, point), args[4])
+
+
+def _played(args, point) -> SampledIon:
+    device, hardware, layout, _, _ = args
+    return device.playing(_lit(hardware, layout, _waveform(hardware, layout, point)))
 
 
 def _value_of_loss(target: Target, loss: float) -> float:

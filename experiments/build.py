@@ -1,10 +1,12 @@
 """From the configuration to the device: the one place where tables become modules of the twin."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from calibration.data import LoopTable
+from calibration.hardware import Hardware
 from experiments.schema import Config
 from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
@@ -75,6 +77,24 @@ def settings_table(config: Config, *, windows: bool) -> LoopTable:
             columns.setdefault(name, []).append(values)
     given: Any = {name: np.concatenate(values) for name, values in columns.items()}
     return LoopTable(**given, name="design")
+
+
+def hardware_from(config: Config) -> Hardware:
+    """The generator and the modulator of a table [hardware]."""
+    table = config.hardware
+    assert table is not None
+    largest_rad_s = [2 * math.pi * rabi_hz for rabi_hz in table.largest_rabi_hz]
+    slew = [2 * full / table.full_swing_s if table.full_swing_s > 0 else math.inf for full in largest_rad_s]
+    return Hardware(
+        sample_s=table.sample_s,
+        largest_rad_s=largest_rad_s,
+        slew_rad_s2=slew,
+        bandwidth_hz=table.bandwidth_hz,
+        attenuation_db=table.attenuation_db,
+        real_only=table.phase == "fixed",
+        bits=table.bits,
+        rise_s=table.rise_s,
+    )
 
 
 def device_from(config: Config) -> AbstractMemristor:

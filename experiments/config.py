@@ -20,6 +20,7 @@ from calibration.data import LoopTable, MappingError, read_table
 from calibration.scan_tables import ScanTable, read_scan
 from experiments.messages import ConfigError, explain
 from experiments.schema import TABLES, Config, Loop
+from experiments.schema_control import Hardware, Shape
 from experiments.schema_device import COMMANDS, PARAMETERS, Column, Table
 
 __all__ = [
@@ -219,6 +220,8 @@ def describe(verb: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
         tables.insert(VERBS[verb].index("data") + 1, ("[data.columns.NAME]", Column))
     if verb in ("simulate", "coverage"):
         tables.append(("[[simulate.loops]]", Loop))
+    if verb == "optimize":
+        tables += [("[optimize.shape]", Shape), ("[hardware]", Hardware)]
     if verb == "sweep":
         tables.append(("[sweep.loop]", Loop))
     return [

@@ -14,7 +14,7 @@ import xarray as xr
 
 from calibration.control import Design, LoopShape, Obedience, Target, disobedience, loop_target, optimize
 from calibration.parameters import with_parameters
-from experiments import report
+from experiments import report, shape
 from experiments.build import device_from, memory_from
 from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
@@ -53,6 +53,8 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     if config.optimize.target != "obedience":
         cycles = config.optimize.cycles_per_period
         target = loop_target(config.optimize.target, device, cycles_per_period=cycles)
+    if config.optimize.shape is not None:
+        return shape.run(config, device, target, notes, fit_run, out, clock)
     out.log(f"target {config.optimize.target}, commands {', '.join(config.optimize.bounds)}")
     with search_progress(out, target.name) as progress:
         design = optimize(

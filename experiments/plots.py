@@ -325,7 +325,7 @@ def pulses(columns: Columns) -> Figure:
             rabi_khz = np.asarray(columns[f"rabi_{k}_{when}_hz"]) / 1e3
             ax.plot(t_us, rabi_khz, dash, color=colour, label=f"pulse {k}")
             ax.fill_between(t_us, rabi_khz, color=colour, alpha=0.12, lw=0)
-        ax.set(title=when, xlabel="time from the centre of pulse 1 (µs)", ylabel="Rabi frequency / 2π (kHz)")
+        ax.set(title=when, xlabel="time (µs)", ylabel="Rabi frequency / 2π (kHz)")
         ax.label_outer()
     axes[0].legend(fontsize=8)
     return figure

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from experiments.messages import Refusal
+from experiments.schema_control import Hardware, Optimize
 from experiments.schema_device import (
-    COMMANDS,
     FREE,
     PARAMETERS,
     TUNING,
@@ -146,22 +146,6 @@ class Simulate(Table):
         return self
 
 
-class Optimize(Table):
-    """Pulse commands that make the device do what was commanded, or that open the loop."""
-
-    target: Literal["obedience", "area", "form_factor"] = Field(
-        "obedience",
-        description="least rms of y - (1 - r_set) x_set over the square, or largest loop area or form factor",
-    )
-    bounds: Annotated[dict[str, Box], within(COMMANDS)] = named(
-        COMMANDS, "at least one command to change as name = [low, high]; amplitudes are relative to the nominal one"
-    )
-    iterations: int = number(200, 1, 100_000, "", "most iterations of the optimizer")
-    seed: int = number(0, 0, _SEED, "", "seed of the starts")
-    cycles_per_period: int = number(40, 4, 100_000, "", "cycles in one period of the input (loop targets)")
-    window_cycles: float | None = number(None, 1.0, 1e6, "cycles", "memory window (default: that of [memory])")
-
-
 class Sweep(Table):
     """Loops over a grid, or over a random, Sobol or Latin-hypercube set, of named parameters."""
 
@@ -207,6 +191,7 @@ class Config(Table):
     design: Design | None = Field(None, description="the next measurement")
     simulate: Simulate | None = Field(None, description="loops to run")
     optimize: Optimize | None = Field(None, description="pulse design")
+    hardware: Hardware | None = Field(None, description="what generator and modulator allow")
     sweep: Sweep | None = Field(None, description="batches")
 
     @model_validator(mode="after")
@@ -234,6 +219,9 @@ class Config(Table):
             return self
         if self.device.platform == "photonic":
             raise Refusal("optimize", "designs laser pulses, but device.platform is 'photonic'; choose 'ion'")
+        if self.optimize.shape is not None and self.hardware is None:
+            raise Refusal("hardware", "is missing, which sampled pulses need; add a table [hardware], or leave "
+                          "[optimize.shape] out")  # fmt: skip
         for name, (low, high) in self.optimize.bounds.items():
             start = 1.0 if name.startswith("amplitude") else getattr(self.device, name, 0.0)
             if not low <= start <= high:
@@ -281,6 +269,7 @@ TABLES: dict[str, type[Table]] = {
     "design": Design,
     "simulate": Simulate,
     "optimize": Optimize,
+    "hardware": Hardware,
     "sweep": Sweep,
 }
 """The tables of a configuration by name."""

@@ -25,7 +25,8 @@ from experiments.schema import TABLES, Config
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 SHIPPED = [("demo.toml", "fit"), ("demo.toml", "optimize"), ("simulate.toml", "simulate"), ("sweep.toml", "sweep"),
-           ("optimize.toml", "optimize")]  # fmt: skip
+           ("optimize.toml", "optimize"), ("shaped.toml", "optimize"), ("design.toml", "design"),
+           ("coverage.toml", "coverage"), ("coverage_at_bound.toml", "coverage")]  # fmt: skip
 
 
 def refusal(document: dict, **options) -> str:
@@ -184,6 +185,13 @@ REFUSED = [  # document, parts of the message
     ({"optimize": {"bounds": {"sigma_1_s": [3e-5, 4e-5]}}}, ["optimize.bounds.sigma_1_s", "device.sigma_1_s is 2e-05"]),
     ({"optimize": {"bounds": {"detuning_1_set_hz": [1, 2]}}}, ["optimize.bounds.detuning_1_set_hz", "is 0, outside"]),
     ({"optimize": {"bounds": {"sigma_1_s": [1e-5, 1]}}}, ["optimize.bounds.sigma_1_s", "between 1e-08 and 0.01 s"]),
+    ({"optimize": {}}, ["optimize.bounds", "names no command", "[optimize.shape]"]),
+    ({"optimize": {"shape": {}}}, ["hardware is missing", "add a table [hardware]"]),
+    ({"optimize": {"shape": {}, "bounds": {"amplitude_1": [0, 2]}}, "hardware": {}},
+     ["optimize.bounds", "remove one of the two"]),
+    ({"hardware": {"largest_rabi_hz": [1e3, 0]}}, ["hardware.largest_rabi_hz.1 is 0", "above 0"]),
+    ({"hardware": {"largest_rabi_hz": [1e3]}}, ["hardware.largest_rabi_hz"]),
+    ({"hardware": {"bandwidth_hz": 6e5}}, ["hardware.bandwidth_hz is 600000", "half the sample clock"]),
     ({"device": {"platform": "photonic"}, "optimize": {"bounds": {"amplitude_1": [0, 2]}}}, ["optimize", "photonic"]),
     ({"sweep": {"parameters": {"n_bar": {"low": 0, "points": 3}}}}, ["sweep.parameters.n_bar.high is missing"]),
     ({"sweep": {"parameters": {"n_bar": {"low": 0, "high": 1, "point": 3}}}}, ["did you mean points?"]),
