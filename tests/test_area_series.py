@@ -160,6 +160,7 @@ def test_loops_under_several_settings_with_motion(moving):
     np.testing.assert_allclose(streamed.y, one.y, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_gradients_in_every_parameter():
     """Through nodes, flights and areas, against central differences of the series themselves."""
     values = {name: 0.4 * low + 0.6 * high for name, (low, high) in BOX.items()} | {"separation_s": 80e-6}
@@ -197,6 +198,7 @@ def test_the_derivative_in_the_areas_is_exact():
     assert float(jax.grad(y, argnums=1)(0.5, 1.0)) == 0.0
 
 
+@pytest.mark.slow
 def test_a_bad_device_spoils_no_other():
     values = {name: jnp.full(4, 0.5 * sum(box)) for name, box in BOX.items()}
     x = r = jnp.full((3, 4), 0.5)

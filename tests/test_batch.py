@@ -233,7 +233,11 @@ def by_hand(device: IonMemristor, x, k: int):
     return run(jax.tree.map(lambda a: a[k] if a.ndim else a, device), x)
 
 
-@pytest.mark.parametrize("method", [Lindblad(), ClosedForm(), StaticGrid(1e-8)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(Lindblad(), marks=pytest.mark.slow), ClosedForm(), StaticGrid(1e-8)],
+    ids=lambda m: type(m).__name__,
+)
 def test_a_fleet_in_blocks_is_its_devices(method):
     count, x = 3 * loop_module._BLOCK + 5, sine_input(periods=2, cycles_per_period=12)
     moving = {"n_bar": np.linspace(0, 5, count), "eta_1": 0.08, "eta_2": 0.07, "phonon_nodes": 4}

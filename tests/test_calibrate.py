@@ -66,6 +66,7 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_parameters_of_their_own_are_found_by_table(run):
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "converged"
@@ -79,6 +80,7 @@ def test_parameters_of_their_own_are_found_by_table(run):
     assert result["n_data"] == 4 * 41
 
 
+@pytest.mark.slow
 def test_every_kind_of_interval_is_there(run):
     result = json.loads((run / "result.json").read_text())
     methods = result["intervals"]
@@ -104,6 +106,7 @@ def test_every_kind_of_interval_is_there(run):
     assert all(len(about["posterior"][key]) == 5 for key in ("mean", "std", "rhat", "effective"))
 
 
+@pytest.mark.slow
 def test_curves_and_draws_are_kept(run):
     with xr.open_dataset(run / "arrays.nc") as arrays:
         assert arrays["posterior"].dims == ("chain", "draw", "parameter")
@@ -118,6 +121,7 @@ def test_curves_and_draws_are_kept(run):
         assert arrays.sizes["row"] == 82
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(run):
     text = (run / "report.html").read_text()
     assert "<h2>Intervals</h2>" in text

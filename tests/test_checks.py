@@ -59,11 +59,13 @@ def table():
     return synthesize(study.ion(), small(), jax.random.key(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", range(len(TESTS)), ids=TESTS)
 def test_p_values_of_the_right_model_are_uniform(right, test):
     assert stats.kstest(np.asarray(right.p)[:, test], "uniform").pvalue > 0.005
 
 
+@pytest.mark.slow
 def test_the_right_model_is_rarely_rejected(right):
     assert np.mean(np.asarray(right.p_value) < LEVEL) <= 0.03
     assert np.all(np.asarray(right.p_value) >= np.min(np.asarray(right.p), axis=1))

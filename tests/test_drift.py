@@ -92,6 +92,7 @@ def recorded(seed: int, values: np.ndarray = TRUTH, settings: LoopTable = SETTIN
 # ------------------------------------------------------------------------------------------------ change points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(4), ids=NAMES)
 @pytest.mark.parametrize(("kind", "most"), [("step of five", 2), ("drift of one a loop", 10)])
 def test_changes_are_flagged_in_time_and_named(kind, most, which):

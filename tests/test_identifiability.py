@@ -179,6 +179,7 @@ def test_a_detuned_loop_tells_width_from_rabi_scale():
     assert found_in(problem, TRUTH, 6) == [[]] * 6
 
 
+@pytest.mark.slow
 def test_phonons_against_rabi_scales():
     """A hot ion looks like a weaker laser; its loop loses a little contrast as well, so more data would help."""
     device = tables.ion(phonon_nodes=8, eta_1=0.06, eta_2=0.06)

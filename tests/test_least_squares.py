@@ -40,6 +40,7 @@ def calibrated(optimizer: str) -> FitResult:
 # ------------------------------------------------------------------------------------------------ one optimum
 
 
+@pytest.mark.slow
 def test_both_optimizers_end_in_one_optimum():
     """On the demo's recorded loops, seven parameters, two of them hardly determined."""
     one, other = calibrated("levenberg_marquardt"), calibrated("adam+lbfgs")

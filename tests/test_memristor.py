@@ -310,6 +310,7 @@ def test_bad_runs_are_refused():
         ideal(0.5)
 
 
+@pytest.mark.slow
 def test_reference_method_agrees():
     x = jnp.array([0.15, 0.85])
     grid = IonMemristor(memory=MovingAverage(1.0), detuning_1_hz=3e3, laser_linewidth_hz=500.0, separation_s=60e-6)

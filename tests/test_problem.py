@@ -280,6 +280,7 @@ def test_counts_of_m_are_drawn_where_they_are_asked_for():
     assert np.nanmax(n_m) > 100
 
 
+@pytest.mark.slow
 def test_counts_of_m_are_fitted_and_add_information():
     found, without = calibrated(True), calibrated(False)
     assert found.converged and without.converged
