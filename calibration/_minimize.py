@@ -93,6 +93,7 @@ def minimize(
     active: Bool[np.ndarray, " starts"] | None = None,
     chunk: int = 10,
     on_progress: Callable[[int, Float[np.ndarray, " starts"]], None] | None = None,
+    go_on: Callable[[Float[np.ndarray, "starts parameters"]], bool] | None = None,
     meanwhile: Callable[[], object] | None = None,
 ) -> Minimum:
     """Minimizes `loss(point, args, each_k)` from every start k.
@@ -107,6 +108,7 @@ def minimize(
         stage: optimizer and stopping rule.
         chunk: iterations between calls of `on_progress`.
         on_progress: called with the iterations done and the losses.
+        go_on: called after that with the points; the search ends when it returns False.
         meanwhile: work for another core while the loss compiles; it is done when this returns.
     """
     running = np.ones(len(starts), bool) if active is None else active
@@ -137,6 +139,8 @@ def minimize(
                 walkers[k] = walker
             if on_progress is not None:
                 on_progress(min(done + chunk, stage.iterations), _in_order(walkers, groups).value)
+            if go_on is not None and not go_on(_in_order(walkers, groups).point):
+                break
             if all(_all_finished(w) for w in walkers):
                 break
         if other is not None:

@@ -5,7 +5,6 @@ bounds. Gradients run through the full Lindblad dynamics and, for loop targets, 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -18,98 +17,18 @@ from jaxtyping import Array, Float
 
 from calibration._minimize import Progress, Stage, minimize
 from calibration.parameters import FreeParameters, anchored, unit_of
+from calibration.robust import Robust
+from calibration.targets import AbstractTarget
 from calibration.uncertainty import at_edge
 from twin.dynamics import Adaptive, StaticGrid
-from twin.hysteresis import form_factor, signed_area
-from twin.loop import Settings, run, sine_input
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, planned
-from twin.planning import SOLVES_OF_CYCLE
-from twin.sampled import SampledIon
 
 COMMANDS = (
     *("amplitude_1", "amplitude_2", "sigma_1_s", "sigma_2_s", "separation_s"),
     *("detuning_1_set_hz", "detuning_2_set_hz"),
 )
 _SET = ("detuning_1_set_hz", "detuning_2_set_hz")
-# Gauss-Legendre nodes a side over the commanded square; 12 change the rms of the demo device by less than 1e-6.
-_NODES = 10
 _STARTS = 4
-# Whatever plays both pulses.
-Playing = IonMemristor | SampledIon
-
-
-class Obedience(eqx.Module):
-    """Least rms of `y - (1 - r_set) x_set` over the square of commands, by Gauss-Legendre quadrature."""
-
-    name: str = eqx.field(static=True, default="obedience_rms")
-
-    @property
-    def solves(self) -> float:
-        """Solves of both pulses in one evaluation."""
-        return float(_NODES**2)
-
-    def value(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
-        """The rms itself."""
-        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-        x, r = (a.ravel() for a in np.meshgrid((nodes + 1) / 2, (nodes + 1) / 2, indexing="ij"))
-        weight = np.outer(weights, weights).ravel() / 4
-        return jnp.sqrt(jnp.sum(weight * disobedience(device, jnp.asarray(x), jnp.asarray(r), offsets) ** 2))
-
-    def loss(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
-        """Logarithm of the rms: steps stay useful however small it gets."""
-        return jnp.log(self.value(device, offsets))
-
-
-class LoopShape(eqx.Module):
-    """Largest area or form factor of the steady-state loop of a sin^2 input, fed back through the device's memory.
-
-    Args:
-        name: "area" or "form_factor".
-        cycles_per_period: cycles in one period of the input.
-        periods: periods run; the last one is measured, so the window must fit in those before it.
-    """
-
-    name: str = eqx.field(static=True)
-    cycles_per_period: int = eqx.field(static=True, default=40)
-    periods: int = eqx.field(static=True, default=2)
-
-    @property
-    def solves(self) -> float:
-        """Solves of both pulses in one evaluation."""
-        return SOLVES_OF_CYCLE * (self.periods * self.cycles_per_period + 1)
-
-    def value(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
-        """Area or form factor of the last period."""
-        x, y = self.loop(device, offsets)
-        return signed_area(x, y) if self.name == "area" else form_factor(x, y)
-
-    def loss(self, device: Playing, offsets: tuple[Array, Array]) -> Float[Array, ""]:
-        """The negative value."""
-        return -self.value(device, offsets)
-
-    def loop(self, device: Playing, offsets: tuple[Array, Array]) -> tuple[Array, Array]:
-        """x and y of the last period."""
-        inputs = sine_input(periods=self.periods, cycles_per_period=self.cycles_per_period)
-        loop = run(device, inputs, detuning_1_set_hz=offsets[0], detuning_2_set_hz=offsets[1])
-        last = slice(-self.cycles_per_period - 1, -1)
-        return loop.x[last], loop.y[last]
-
-
-Target = Obedience | LoopShape
-
-
-def loop_target(name: str, device: Playing, *, cycles_per_period: int = 40) -> LoopShape:
-    """A `LoopShape` with enough periods for the device's memory to reach its steady state."""
-    window = float(getattr(device.memory, "window_cycles", 8 * getattr(device.memory, "tau_cycles", 1.0)))
-    return LoopShape(name, cycles_per_period, 2 + math.ceil(window / cycles_per_period))
-
-
-def disobedience(
-    device: Playing, x_set: Float[Array, " n"], r_set: Float[Array, " n"], offsets: tuple[Array, Array]
-) -> Float[Array, " n"]:
-    """`y - (1 - r_set) x_set`: how far the output population is from what was commanded."""
-    response = device.under(Settings(*offsets))(x_set, r_set, alone=False)
-    return device.signal(response.populations) - (1 - r_set) * x_set
 
 
 @dataclass(frozen=True)
@@ -149,7 +68,7 @@ class Design:
 
 def optimize(
     device: IonMemristor,
-    target: Target,
+    target: AbstractTarget,
     bounds: Mapping[str, tuple[float, float]],
     *,
     iterations: int = 200,
@@ -160,7 +79,7 @@ def optimize(
 
     Main arguments:
         device: the (calibrated) device; its present commands are the first start, so the result is never worse.
-        target: `Obedience()` or a `LoopShape`.
+        target: of `calibration.targets`, or `Robust` over many devices.
         bounds: (low, high) of each command that may change, names in `COMMANDS`.
 
     Other arguments:
@@ -191,6 +110,8 @@ def optimize(
     free = FreeParameters.from_boxes(bounds)
     offset = max((max(abs(v) for v in bounds[n]) for n in _SET if n in bounds), default=0.0)
     box = {name: _actual(device, name, box) for name, box in free.boxes.items() if name not in _SET}
+    if isinstance(target, Robust):
+        box |= target.box(device)
     # Planned for areas that do not grow with the width: the controller lowers the amplitude of a wider pulse.
     plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
     plain = planned(plain, box, detuning_set_hz=offset, solves=target.solves)
@@ -213,7 +134,7 @@ def optimize(
     ):
 
         def report(done, losses, stage_name=stage_name, most=stage.iterations):
-            history.append(_value_of_loss(target, float(jnp.nanmin(losses))))
+            history.append(target.of_loss(float(jnp.nanmin(losses))))
             if on_progress is not None:
                 on_progress(stage_name, done, most, history[-1])
 
@@ -300,10 +221,6 @@ def _loss_at(args, values: Float[Array, " commands"]) -> Float[Array, ""]:
 def _value(args, values: Float[Array, " commands"]) -> Float[Array, ""]:
     device, free, target = args
     return target.value(*apply_commands(device, dict(zip(free.names, values, strict=True))))
-
-
-def _value_of_loss(target: Target, loss: float) -> float:
-    return math.exp(loss) if isinstance(target, Obedience) else -loss
 
 
 def _unchanged(device, target, present, bounds, value, history) -> Design:

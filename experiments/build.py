@@ -94,6 +94,7 @@ def hardware_from(config: Config) -> Hardware:
         real_only=table.phase == "fixed",
         bits=table.bits,
         rise_s=table.rise_s,
+        mixing_real=None if table.mixing is None else np.array(table.mixing),
     )
 
 
@@ -128,6 +129,8 @@ def device_from(config: Config) -> AbstractMemristor:
     }
     varied = {*(config.fit.free if config.fit else ()), *(config.sweep.parameters if config.sweep else ())}
     moving = table.n_bar > 0 or table.heating_rate_per_s > 0 or "n_bar" in varied
+    if config.optimize and config.optimize.robust and config.optimize.robust.n_bar:
+        moving = True
     return IonMemristor(
         memory=memory,
         source=source,

@@ -20,7 +20,7 @@ from calibration.data import LoopTable, MappingError, read_table
 from calibration.scan_tables import ScanTable, read_scan
 from experiments.messages import ConfigError, explain
 from experiments.schema import TABLES, Config, Loop
-from experiments.schema_control import Hardware, Shape
+from experiments.schema_control import CommandMap, Hardware, Optimize, Robust, Shape
 from experiments.schema_device import COMMANDS, PARAMETERS, Column, Table
 
 __all__ = [
@@ -112,7 +112,20 @@ def parse_config(
         every = lambda given: {name: place(path) for name, path in given.items()}
         paths = {"table": place(config.data.table), "more": every(config.data.more), "scans": every(config.data.scans)}
         config = config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    if config.optimize is not None:
+        config = config.model_copy(update={"optimize": _placed(config.optimize, base)})
     return config
+
+
+def _placed(optimize: Optimize, base: Path) -> Optimize:
+    """The table with its files as absolute paths."""
+    update: dict[str, Any] = {}
+    if optimize.curve is not None:
+        update["curve"] = os.path.abspath(base / optimize.curve)
+    if optimize.shape is not None and Path(optimize.shape.start).suffix:
+        start = os.path.abspath(base / optimize.shape.start)
+        update["shape"] = optimize.shape.model_copy(update={"start": start})
+    return optimize.model_copy(update=update)
 
 
 def load_tables(config: Config) -> dict[str, LoopTable | ScanTable]:
@@ -221,7 +234,10 @@ def describe(verb: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
     if verb in ("simulate", "coverage"):
         tables.append(("[[simulate.loops]]", Loop))
     if verb == "optimize":
-        tables += [("[optimize.shape]", Shape), ("[hardware]", Hardware)]
+        tables += [
+            ("[optimize.shape]", Shape), ("[optimize.robust]", Robust), ("[optimize.command_map]", CommandMap),
+            ("[hardware]", Hardware),
+        ]  # fmt: skip
     if verb == "sweep":
         tables.append(("[sweep.loop]", Loop))
     return [

@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from calibration.control import Design, LoopShape, Obedience, Target, disobedience, loop_target, optimize
+from calibration.control import Design, optimize
 from calibration.parameters import with_parameters
+from calibration.targets import AbstractTarget
 from experiments import report, shape
 from experiments.build import device_from, memory_from
+from experiments.control_arrays import pair, seen
 from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import Run, RunFolder
 from experiments.schema import Config
+from experiments.targets import robust_from, target_from
 from twin.memristor import IonMemristor
 
-_MAP_POINTS = 21
 _WAVEFORM_POINTS = 801
 
 
@@ -49,17 +51,15 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         raise ValueError("optimize designs laser pulses, but device.platform is 'photonic'; choose 'ion'.")
     if config.optimize.window_cycles is not None:
         device = dataclasses.replace(device, memory=memory_from(config, config.optimize.window_cycles))
-    target: Target = Obedience()
-    if config.optimize.target != "obedience":
-        cycles = config.optimize.cycles_per_period
-        target = loop_target(config.optimize.target, device, cycles_per_period=cycles)
+    target = target_from(config, device)
+    robust = robust_from(config, device, target, fit_run)
     if config.optimize.shape is not None:
-        return shape.run(config, device, target, notes, fit_run, out, clock)
+        return shape.run(config, device, target, robust, notes, fit_run, out, clock)
     out.log(f"target {config.optimize.target}, commands {', '.join(config.optimize.bounds)}")
-    with search_progress(out, target.name) as progress:
+    with search_progress(out, (robust or target).name) as progress:
         design = optimize(
             device,
-            target,
+            target if robust is None else robust,
             config.optimize.bounds,
             iterations=config.optimize.iterations,
             seed=seed,
@@ -123,9 +123,9 @@ def _notes(design: Design) -> list[str]:
     return notes
 
 
-def _arrays(device: IonMemristor, design: Design, target: Target) -> xr.Dataset:
+def _arrays(device: IonMemristor, design: Design, target: AbstractTarget) -> xr.Dataset:
     """Waveforms of full transfers before and after, and what the target looks like."""
-    after, none = design.device, (0.0, 0.0)
+    after = design.device
     # The shared device of before: planned like the new one, so both run on the same grid.
     before = dataclasses.replace(device, method=after.method, steps=after.steps, phonon_nodes=after.phonon_nodes)
     late = float(max(before.separation_s + before.tail_s, after.separation_s + after.tail_s))
@@ -135,20 +135,5 @@ def _arrays(device: IonMemristor, design: Design, target: Target) -> xr.Dataset:
         for k, pulse in enumerate(twin.pulses(*twin.areas(jnp.ones(()), jnp.ones(())))):
             rabi_hz = np.asarray(pulse.drive(jnp.asarray(t_s), jnp.asarray(t_s)).real) / (2 * np.pi)
             data[f"rabi_{k + 1}_{which}_hz"] = ("time", rabi_hz, {"units": "Hz"})
-    if isinstance(target, Obedience):
-        grid = np.linspace(0, 1, _MAP_POINTS)
-        x, r = (jnp.asarray(a.ravel()) for a in np.meshgrid(grid, grid, indexing="ij"))
-        data |= {"x_set": ("x_set", grid, {"units": "1"}), "r_set": ("r_set", grid, {"units": "1"})}
-        for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
-            error = np.asarray(disobedience(twin, x, r, _arrays_of(offsets))).reshape(_MAP_POINTS, _MAP_POINTS)
-            data[f"error_{which}"] = (("x_set", "r_set"), error, {"units": "1"})
-    elif isinstance(target, LoopShape):
-        for which, twin, offsets in (("before", before, none), ("after", after, design.offsets_hz)):
-            x, y = target.loop(twin, _arrays_of(offsets))
-            data[f"x_{which}"] = ("cycle", np.asarray(x), {"units": "1"})
-            data[f"y_{which}"] = ("cycle", np.asarray(y), {"units": "1"})
-    return xr.Dataset(data)
-
-
-def _arrays_of(offsets_hz: tuple[float, float]) -> tuple[jnp.ndarray, jnp.ndarray]:
-    return jnp.asarray(offsets_hz[0], float), jnp.asarray(offsets_hz[1], float)
+    cases = {"before": (before, pair((0.0, 0.0))), "after": (after, pair(design.offsets_hz))}
+    return xr.Dataset(data | seen(target, cases))

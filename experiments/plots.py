@@ -39,18 +39,18 @@ T = TypeVar("T")
 Columns = Mapping[str, np.ndarray]
 
 
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
     """The function in our style, which its caller's settings neither see nor change."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
             return draw(*args, **kwargs)
 
-    return styled
+    return wrapped
 
 
-@_styled
+@styled
 def svg(figure: Figure) -> bytes:
     """The figure as SVG, without a date."""
     buffer = io.BytesIO()
@@ -58,7 +58,7 @@ def svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(panels: int, height_in: float, width_in: float = _PANEL_IN, **options: Any) -> tuple[Figure, list[Axes]]:
+def figure_of(panels: int, height_in: float, width_in: float = _PANEL_IN, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure of equal panels, at most three side by side."""
     across = min(panels, _COLUMNS)
     down = math.ceil(panels / across)
@@ -80,7 +80,7 @@ def _each_loop(columns: Columns, *names: str) -> list[tuple[str, Columns]]:
     ]
 
 
-def _arrows(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, count: int = 11) -> None:
+def arrows(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, count: int = 11) -> None:
     """Heads along a curve that show the direction of time."""
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
@@ -95,7 +95,7 @@ def _arrows(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, count: int = 11
         ax.annotate("", (x[k + 1], y[k + 1]), (x[k], y[k]), arrowprops={**head, "shrinkA": 0, "shrinkB": 0}, zorder=4)
 
 
-@_styled
+@styled
 def loops(columns: Columns, model: str = "fitted twin") -> Figure:
     """Each hysteresis loop: measured points with error bars over the loop of the model.
 
@@ -105,7 +105,7 @@ def loops(columns: Columns, model: str = "fitted twin") -> Figure:
         model: what the line is called.
     """
     groups = _each_loop(columns, "p_x", "p_y", "x_measured", "x_error", "y_measured", "y_error")
-    figure, axes = _figure(len(groups), 3.5, sharex=True, sharey=True)
+    figure, axes = figure_of(len(groups), 3.5, sharex=True, sharey=True)
     for ax, (label, rows) in zip(axes, groups, strict=True):
         x, y = rows["p_x"], rows["p_y"]
         measured = np.isfinite(rows["y_measured"])
@@ -119,14 +119,14 @@ def loops(columns: Columns, model: str = "fitted twin") -> Figure:
                 fmt="o", ms=3, lw=0.8, color=ORANGE, alpha=0.75, label="measured, ± one standard error", zorder=2,
             )  # fmt: skip
         ax.plot(x, y, color=BLUE, lw=1.3, label=model, zorder=3)
-        _arrows(ax, x, y, BLUE)
+        arrows(ax, x, y, BLUE)
         ax.set(title=f"loop {label}", xlabel="input x (fraction read as s)", ylabel="output y (fraction read as s)")
         ax.label_outer()
     axes[0].legend(loc="upper left", fontsize=8)
     return figure
 
 
-@_styled
+@styled
 def bands(columns: Columns) -> Figure:
     """Predicted input and output of each loop, cycle by cycle, with their 95 % bands.
 
@@ -135,7 +135,7 @@ def bands(columns: Columns) -> Figure:
     """
     names = ("cycle", "p_x", "x_low", "x_high", "p_y", "y_low", "y_high")
     groups = _each_loop(columns, *names)
-    figure, axes = _figure(len(groups), 3.0, sharey=True)
+    figure, axes = figure_of(len(groups), 3.0, sharey=True)
     for ax, (label, rows) in zip(axes, groups, strict=True):
         for name, colour in (("x", BLUE), ("y", ORANGE)):
             ax.fill_between(rows["cycle"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.3, lw=0)
@@ -146,7 +146,7 @@ def bands(columns: Columns) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def residuals(columns: Columns) -> Figure:
     """Standardized residuals of x and y against the cycle, for each loop.
 
@@ -154,7 +154,7 @@ def residuals(columns: Columns) -> Figure:
         columns: one value a row: `loop`, `cycle`, `residual_x`, `residual_y` (NaN where not measured).
     """
     groups = _each_loop(columns, "cycle", "residual_x", "residual_y")
-    figure, axes = _figure(len(groups), 2.8, sharey=True)
+    figure, axes = figure_of(len(groups), 2.8, sharey=True)
     for ax, (label, rows) in zip(axes, groups, strict=True):
         ax.axhspan(-1.96, 1.96, color="#eeeeee", zorder=0)
         ax.axhline(0, color=GREY, lw=0.8)
@@ -169,7 +169,7 @@ def residuals(columns: Columns) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def correlation(names: Sequence[str], matrix: np.ndarray) -> Figure:
     """Correlations of the estimates as a coloured and numbered matrix.
 
@@ -178,7 +178,7 @@ def correlation(names: Sequence[str], matrix: np.ndarray) -> Figure:
         matrix: shape (parameters, parameters).
     """
     n = len(names)
-    figure, (ax,) = _figure(1, 1.0 + 0.48 * n, 2.2 + 0.62 * n)
+    figure, (ax,) = figure_of(1, 1.0 + 0.48 * n, 2.2 + 0.62 * n)
     ax.grid(False)
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     for i in range(n):
@@ -193,7 +193,7 @@ def correlation(names: Sequence[str], matrix: np.ndarray) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def intervals(parameters: Mapping[str, Mapping[str, Any]], boxes: Mapping[str, Sequence[float]]) -> Figure:
     """Each estimate with its 95 % interval within its prior box, the box drawn from 0 to 1.
 
@@ -202,7 +202,7 @@ def intervals(parameters: Mapping[str, Mapping[str, Any]], boxes: Mapping[str, S
         boxes: {name: (low, high)}.
     """
     names = [name for name in parameters if name in boxes]
-    figure, (ax,) = _figure(1, 1.0 + 0.42 * len(names), 7.6)
+    figure, (ax,) = figure_of(1, 1.0 + 0.42 * len(names), 7.6)
     seen = set()
     for row, name in enumerate(names):
         one, (low, high) = parameters[name], boxes[name]
@@ -229,7 +229,7 @@ def _label(name: str, units: Mapping[str, str]) -> tuple[str, float]:
     return (f"{name} (µs)", 1e6) if unit == "s" else (f"{name} ({unit})" if unit else name, 1.0)
 
 
-@_styled
+@styled
 def profiles(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], units: Mapping[str, str]) -> Figure:
     """Deviance against the held value of each profiled parameter, with the line that bounds the 95 % interval.
 
@@ -237,7 +237,7 @@ def profiles(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], units: Mapping
         curves: {name: (values, deviance)}.
         units: {name: unit}.
     """
-    figure, axes = _figure(len(curves), 2.7, sharey=True)
+    figure, axes = figure_of(len(curves), 2.7, sharey=True)
     for ax, (name, (values, deviance)) in zip(axes, curves.items(), strict=True):
         ax.axhline(_CHI2_95, color=ORANGE, lw=1, ls="--", label="95 %: 3.84")
         label, scale = _label(name, units)
@@ -251,7 +251,7 @@ def profiles(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], units: Mapping
     return figure
 
 
-@_styled
+@styled
 def posterior(names: Sequence[str], draws: np.ndarray, units: Mapping[str, str]) -> Figure:
     """Marginal of each parameter, and the draws of the pair that is tied the most.
 
@@ -263,7 +263,7 @@ def posterior(names: Sequence[str], draws: np.ndarray, units: Mapping[str, str])
     named, scales = zip(*(_label(name, units) for name in names), strict=True)
     draws = np.asarray(draws) * scales
     panels = len(names) + (len(names) > 1)
-    figure, axes = _figure(panels, 2.5)
+    figure, axes = figure_of(panels, 2.5)
     for ax, label, values in zip(axes, named, draws.T, strict=False):
         low, middle, high = np.quantile(values, [0.025, 0.5, 0.975])
         ax.hist(values, bins=40, density=True, color=BLUE, alpha=0.35, histtype="stepfilled")
@@ -282,7 +282,7 @@ def posterior(names: Sequence[str], draws: np.ndarray, units: Mapping[str, str])
     return figure
 
 
-@_styled
+@styled
 def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figure:
     """How far the best value still was from the final one, as the search went on.
 
@@ -290,7 +290,7 @@ def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figu
         stages: {stage: best value after each report}, in order.
         quantity: what the value is, with its unit.
     """
-    figure, (ax,) = _figure(1, 3.0, 6.0)
+    figure, (ax,) = figure_of(1, 3.0, 6.0)
     numbers = {name: np.array([np.nan if v is None else v for v in values], float) for name, values in stages.items()}
     finite = [v for values in numbers.values() for v in values[np.isfinite(values)]]
     final = finite[-1] if finite else 0.0
@@ -311,67 +311,7 @@ def history(stages: Mapping[str, Sequence[float | None]], quantity: str) -> Figu
     return figure
 
 
-@_styled
-def pulses(columns: Columns) -> Figure:
-    """Rabi frequency of both pulses against time, before and after.
-
-    Args:
-        columns: `t_s`, and `rabi_1_before_hz`, `rabi_2_before_hz`, `rabi_1_after_hz`, `rabi_2_after_hz`.
-    """
-    figure, axes = _figure(2, 2.8, 3.9, sharex=True, sharey=True)
-    t_us = np.asarray(columns["t_s"]) * 1e6
-    for ax, when in zip(axes, ("before", "after"), strict=True):
-        for k, colour, dash in ((1, BLUE, "-"), (2, ORANGE, "--")):
-            rabi_khz = np.asarray(columns[f"rabi_{k}_{when}_hz"]) / 1e3
-            ax.plot(t_us, rabi_khz, dash, color=colour, label=f"pulse {k}")
-            ax.fill_between(t_us, rabi_khz, color=colour, alpha=0.12, lw=0)
-        ax.set(title=when, xlabel="time (µs)", ylabel="Rabi frequency / 2π (kHz)")
-        ax.label_outer()
-    axes[0].legend(fontsize=8)
-    return figure
-
-
-@_styled
-def error_maps(x_set: np.ndarray, r_set: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figure:
-    """y − (1 − r_set) x_set over the square of commands, before and after, on one scale.
-
-    Args:
-        x_set, r_set: axes of the square.
-        before, after: shape (x_set, r_set).
-    """
-    figure, axes = _figure(2, 3.1, 3.7, sharex=True, sharey=True)
-    largest = float(np.nanmax(np.abs([before, after])))
-    for ax, title, values in ((axes[0], "before", before), (axes[1], "after", after)):
-        ax.grid(False)
-        image = ax.pcolormesh(
-            x_set, r_set, np.asarray(values).T, cmap="RdBu_r", vmin=-largest, vmax=largest, shading="nearest",
-            rasterized=True,
-        )  # fmt: skip
-        worst = float(np.nanmax(np.abs(values)))
-        ax.set(title=f"{title}: at most {worst:.2g}", xlabel="commanded input x_set", ylabel="commanded transfer r_set")
-        ax.label_outer()
-    figure.colorbar(image, ax=axes, label="y − (1 − r_set) x_set")
-    return figure
-
-
-@_styled
-def loops_before_after(columns: Columns) -> Figure:
-    """The loop before and after an optimization of its shape.
-
-    Args:
-        columns: `x_before`, `y_before`, `x_after`, `y_after`, one value a cycle of one period.
-    """
-    figure, (ax,) = _figure(1, 3.6, 4.4)
-    for when, colour, dash in (("before", GREY, "--"), ("after", BLUE, "-")):
-        x, y = (np.append(values := np.asarray(columns[f"{name}_{when}"]), values[0]) for name in "xy")
-        ax.plot(x, y, dash, color=colour, label=when)
-        _arrows(ax, x, y, colour)
-    ax.set(xlabel="input x (population of s)", ylabel="output y (population of s)")
-    ax.legend(fontsize=8)
-    return figure
-
-
-@_styled
+@styled
 def drift(columns: Columns) -> Figure:
     """Tracked estimates with 95 % bands against the number of the loop, over the reference; alarms are marked.
 
@@ -380,7 +320,7 @@ def drift(columns: Columns) -> Figure:
             parameters).
     """
     names = [str(name) for name in columns["parameter"]]
-    figure, axes = _figure(len(names), 2.5, sharex=True)
+    figure, axes = figure_of(len(names), 2.5, sharex=True)
     loop, verdict = np.asarray(columns["loop"]), np.asarray(columns["verdict"]).astype(str)
     for k, (ax, name) in enumerate(zip(axes, names, strict=True)):
         value, std = np.asarray(columns["estimate"])[:, k], np.asarray(columns["std"])[:, k]
@@ -398,7 +338,7 @@ def drift(columns: Columns) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def misfit(columns: Columns) -> Figure:
     """Residuals of each measured column against the phase of the input, with their smooth part.
 
@@ -406,7 +346,7 @@ def misfit(columns: Columns) -> Figure:
         columns: one value a row: `phase` in turns, and `gap_x`, `misfit_x`, `gap_y`, `misfit_y` where measured.
     """
     names = [name for name in ("x", "y", "m") if f"misfit_{name}" in columns]
-    figure, axes = _figure(len(names), 3.0, 4.4)
+    figure, axes = figure_of(len(names), 3.0, 4.4)
     for ax, name in zip(axes, names, strict=True):
         for (label, rows), colour, marker in zip(
             _each_loop(columns, "phase", f"gap_{name}", f"misfit_{name}"),
@@ -422,14 +362,14 @@ def misfit(columns: Columns) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def rivals(ranking: Sequence[Mapping[str, Any]]) -> Figure:
     """Held-out log-likelihood of each model minus that of the best one.
 
     Args:
         ranking: {"name", "difference", "error"} of each model, best first.
     """
-    figure, (ax,) = _figure(1, 1.0 + 0.4 * len(ranking), 6.6)
+    figure, (ax,) = figure_of(1, 1.0 + 0.4 * len(ranking), 6.6)
     places = np.arange(len(ranking))
     errors = [2 * one["error"] for one in ranking]
     ax.barh(places, [one["difference"] for one in ranking], xerr=errors, color=BLUE, ecolor=ORANGE, height=0.55)

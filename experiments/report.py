@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from calibration.formats import write_atomic
-from experiments import plots
+from experiments import control_plots, plots
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -27,6 +27,10 @@ _QUANTITIES = {
     "obedience_rms": "rms of y − (1 − r_set) x_set",
     "area": "loop area",
     "form_factor": "form factor of the loop",
+    "saturation": "largest output of the loop",
+    "curve_rms": "rms distance from the wanted loop",
+    "lost_in_hold": "rms change of y while it is held",
+    "weighted_sum": "weighted sum of the terms",
 }
 _TITLES = {
     "fit": "Calibration",
@@ -150,22 +154,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
             "Parameters with a correlation near ±1 can move together at little cost.",
             plots.correlation(result["correlation"]["names"], matrix),
         )
-    if "rabi_1_before_hz" in columns:
-        yield Picture(
-            "pulses",
-            "Pulses",
-            "Rabi frequencies of both pulses at full transfer, before and after.",
-            plots.pulses(columns),
-        )
-    if "error_before" in columns:
-        yield Picture(
-            "errors",
-            "What the device does with its commands",
-            "Output minus command over the square of commands.",
-            plots.error_maps(*(columns[name] for name in ("x_set", "r_set", "error_before", "error_after"))),
-        )
-    if "y_before" in columns:
-        yield Picture("loop", "The loop", "One period, before and after.", plots.loops_before_after(columns))
+    if result.get("kind") == "optimize":
+        yield from _control_pictures(result, columns)
     if result.get("kind") == "check":
         yield from _check_pictures(result, columns)
     stages = result.get("history")
@@ -412,3 +402,28 @@ def _check_pictures(result: Mapping[str, Any], columns: Mapping[str, np.ndarray]
             "Held-out log-likelihood of each model minus that of the best one, with two standard errors.",
             plots.rivals(result["rivals"]),
         )
+
+
+def _control_pictures(result: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
+    quantity = _metrics(result)[0]["name"]
+    if "rabi_1_before_hz" in columns:
+        yield Picture("pulses", "Pulses", "Rabi frequencies of both pulses at full transfer, before and after.",
+                      control_plots.pulses(columns))  # fmt: skip
+    if "frequency_hz" in columns:
+        yield Picture("spectra", "Spectra", "Spectra of the samples at full transfer, each relative to its largest "
+                      "value.", control_plots.spectra(columns))  # fmt: skip
+    if "error_before" in columns:
+        maps = (columns[name] for name in ("x_set", "r_set", "error_before", "error_after"))
+        yield Picture("errors", "What the device does with its commands", "Output minus command over the square of "
+                      "commands.", control_plots.error_maps(*maps))  # fmt: skip
+    if "y_before" in columns:
+        yield Picture("loop", "The loop", "One period, before and after.", control_plots.loops_before_after(columns))
+    if "robustness_before" in columns:
+        yield Picture("robustness", "Robustness", "The target where the laser is not as calibrated: both Rabi "
+                      "frequencies follow the root of its power, both detunings its frequency.",
+                      control_plots.robustness(columns, quantity))  # fmt: skip
+    again = (result.get("robust") or {}).get("recalibrated")
+    if again:
+        yield Picture("members", "What is lost by not knowing better", "Devices that the calibration cannot tell "
+                      "apart: under the common pulses, and under pulses searched for each as if it were known.",
+                      control_plots.members(np.array(again["common"]), np.array(again["own"]), quantity))  # fmt: skip

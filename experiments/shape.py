@@ -1,46 +1,79 @@
 """`iontwin optimize` with [optimize.shape]: sampled pulses within the limits of [hardware].
 
-Leaves ``result.json`` (the target's number before and after, and of every exported file, read back and solved again),
-``arrays.nc`` (samples, error maps or loops), the report, and the samples as ``waveform.csv``, ``.nc``, ``.qasm`` and
-``.py`` (ARTIQ), in radians per second at full command.
+Leaves ``result.json`` (the target's number before and after, of every exported file, read back and solved again, and
+what stands between it and perfection), ``arrays.nc`` (samples, spectra, error maps or loops, robustness), the report,
+and the samples as ``waveform.csv``, ``.nc``, ``.qasm`` and ``.py`` (ARTIQ), in radians per second at full command.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-import xarray as xr
-from jaxtyping import Array
 
-from calibration.control import LoopShape, Obedience, Target, disobedience
+from calibration.families import COMPOSITES, composite
 from calibration.hardware import Hardware
-from calibration.shaping import Layout, Shaped, gaussian_pulses, on_hardware, shape
+from calibration.limits import Limits, NotKnowing, limits, value_of_recalibrating
+from calibration.robust import Robust
+from calibration.shaping import Layout, Shaped, gaussian_pulses, player_of, rescored, shape
+from calibration.targets import AbstractTarget
 from experiments import report, waveform_files
 from experiments.build import hardware_from
+from experiments.checkpoint import Checkpoint, same_but_iterations
+from experiments.config import ConfigError
+from experiments.control_arrays import arrays_of_samples
 from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
 from experiments.schema import Config
+from experiments.targets import parts
 from experiments.waveform_files import Samples, WaveformError
 from twin.memristor import IonMemristor
-from twin.sampled import SampledIon
 from twin.waveform import Waveform
 
-_FILES = ("waveform.csv", "waveform.nc", "waveform.qasm", "waveform.py")
-_MAP_POINTS = 21
+FILES = ("waveform.csv", "waveform.nc", "waveform.qasm", "waveform.py")
+NOMINAL, ROBUST = "shape", "robust"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done: an ion, its hardware, what is wanted of them, and when pulses are played."""
+
+    config: Config
+    ion: IonMemristor
+    hardware: Hardware
+    target: AbstractTarget
+    robust: Robust | None
+    layout: Layout
+    start: Waveform | None
+    given: Samples | None
+    """Samples of a file, as they stand there."""
+
+    @property
+    def family(self) -> dict[str, Any]:
+        """Arguments of `shape` that say what is free."""
+        assert self.config.optimize is not None
+        assert self.config.optimize.shape is not None
+        wanted = self.config.optimize.shape
+        return {"name": wanted.family, "numbers": wanted.numbers, "seed": self.config.optimize.seed}
+
+    def score(self, waveform: Waveform, offsets_hz: tuple[float, float], target: AbstractTarget | None = None) -> float:
+        """The target's number of samples, by dense matrix exponentials."""
+        return rescored(
+            self.ion, self.hardware, self.target if target is None else target, self.layout, waveform, offsets_hz
+        )
 
 
 def run(
-    config: Config, ion: IonMemristor, target: Target, notes: list[str], fit_run: Path | None, out: RunFolder,
-    clock: Stopwatch,
+    config: Config, ion: IonMemristor, target: AbstractTarget, robust: Robust | None, notes: list[str],
+    fit_run: Path | None, out: RunFolder, clock: Stopwatch,
 ) -> dict[str, Any]:  # fmt: skip
-    """Optimize the samples of both pulses.
+    """Optimize the samples of both pulses, or solve those of a file.
 
     Args:
         config: with tables [optimize.shape] and [hardware].
-        ion: the device, as configured or calibrated. target: what is wanted of it.
+        ion: the device, as configured or calibrated. target: what is wanted of it; `robust`: of many like it.
         notes: sentences about the device. fit_run: where it was calibrated.
         out: the run folder. clock: running since the start.
 
@@ -48,29 +81,37 @@ def run(
         What ``result.json`` holds.
     """
     assert config.optimize is not None
-    assert config.optimize.shape is not None
-    assert config.hardware is not None
-    wanted, hardware = config.optimize.shape, hardware_from(config)
-    layout = Layout(wanted.samples, wanted.delay_samples, wanted.oversampling)
-    free = _free_numbers(hardware, layout)
-    out.log(f"target {config.optimize.target}, {free} free numbers in {layout.samples} samples a pulse")
-    with search_progress(out, target.name) as progress:
-        found = shape(ion, hardware, target, layout, iterations=config.optimize.iterations, on_progress=progress)
-    carrier_hz = None if config.hardware.carrier_hz is None else tuple(config.hardware.carrier_hz)
-    files, losses = _exported(found, ion, hardware, target, layout, out, carrier_hz)
+    work = _work(config, ion, target, robust)
+    free = config.optimize.iterations > 0
+    checkpoint = Checkpoint(out.path, same_but_iterations(config.to_toml(), fit_run))
+    found = _searched(work, checkpoint, out) if free else _given(work)
+    recomputed = work.score(found.waveform, found.offsets_hz)
+    # A robust search saw its members: the numbers of the nominal device are computed afterwards.
+    before, after = found.before, found.after
+    if robust is not None:
+        before, after = work.score(found.start, (0.0, 0.0)), recomputed
+    bounds, unknown = _limits(work, found, out) if free else (None, None)
+    members = _over_members(work, found, unknown)
+    files, losses = _exported(found, work, out)
     seconds = clock.stop()
     result = {
         "kind": "optimize",
         "status": found.status,
         "target": config.optimize.target,
         "metric": {
-            "name": found.metric, "before": found.before, "after": found.after, "recomputed": found.exported
+            "name": target.name, "unit": target.unit, "before": before, "after": after, "recomputed": recomputed,
+        },
+        "terms": {
+            part.name: {"unit": part.unit, "value": work.score(found.waveform, found.offsets_hz, part)}
+            for part in parts(target)
         },
         "offsets_hz": list(found.offsets_hz),
-        "free_numbers": free,
-        "violations": hardware.violations(found.waveform),
+        "free_numbers": int(found.point.size),
+        "violations": work.hardware.violations(found.waveform),
         "files": files,
-        "notes": notes + _notes(found, hardware) + losses,
+        "limits": None if bounds is None else bounds._asdict(),
+        "robust": members,
+        "notes": notes + _notes(found, work, recomputed, members, bounds) + losses,
         "history": {"shape": found.history},
         "from": None if fit_run is None else Path(fit_run).name,
         "seed": config.optimize.seed,
@@ -78,10 +119,11 @@ def run(
         **provenance(),
     }  # fmt: skip
     out.write_result(result)  # first: what follows cannot lose it
-    out.write_arrays(_arrays(found, ion, hardware, target, layout))
+    out.write_arrays(arrays_of_samples(found, work.ion, work.hardware, target, work.layout))
     report.write(out)
+    checkpoint.remove()
     out.log(
-        f"{found.status}; {found.metric} {found.before:.4g} before, {found.after:.4g} after, {found.exported:.4g} as "
+        f"{found.status}; {target.name} {before:.4g} before, {after:.4g} after, {recomputed:.4g} as "
         "exported; " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     )
     for note in result["notes"]:
@@ -89,94 +131,209 @@ def run(
     return result
 
 
-def _free_numbers(hardware: Hardware, layout: Layout) -> int:
-    """Numbers that are free: parts, channels and raw samples."""
-    return hardware.raw_samples(layout.samples) * hardware.channels * (1 if hardware.real_only else 2)
+def _work(config: Config, ion: IonMemristor, target: AbstractTarget, robust: Robust | None) -> Work:
+    assert config.optimize is not None
+    assert config.optimize.shape is not None
+    wanted, hardware = config.optimize.shape, hardware_from(config)
+    start, given = None, None
+    if Path(wanted.start).suffix:
+        given = waveform_files.read(wanted.start)
+        start = _as_waveform(given, hardware, wanted.start)
+    elif wanted.start in COMPOSITES:
+        start = composite(wanted.start, hardware, wanted.samples)
+    elif wanted.start != "gaussian":
+        raise ConfigError(
+            f"optimize.shape.start: {wanted.start!r} is neither gaussian, nor one of {', '.join(COMPOSITES)}, nor a "
+            "file of samples; name one of these."
+        )
+    if given is None and config.optimize.iterations == 0:
+        raise ConfigError("optimize.iterations: 0 only solves samples of a file; name one as optimize.shape.start, or "
+                          "give more iterations.")  # fmt: skip
+    layout = Layout(wanted.samples, wanted.delay_samples, wanted.oversampling)
+    if start is not None and given is not None:
+        whole = wanted.samples + wanted.delay_samples
+        if start.samples != whole:
+            raise ConfigError(
+                f"optimize.shape: {wanted.start} has {start.samples} samples, but samples and delay_samples make "
+                f"{whole}; change these."
+            )
+        if config.optimize.iterations > 0:
+            start = layout.taken_apart(start)
+    return Work(config, ion, hardware, target, robust, layout, start, given)
 
 
-def _exported(
-    found: Shaped,
-    ion: IonMemristor,
-    hardware: Hardware,
-    target: Target,
-    layout: Layout,
-    out: RunFolder,
-    carrier_hz: tuple[float, ...] | None,
-) -> tuple[dict[str, float], list[str]]:
+def _as_waveform(given: Samples, hardware: Hardware, name: str) -> Waveform:
+    if given.real_rad_s.shape[1] != hardware.channels:
+        raise ConfigError(f"{name}: the file has {given.real_rad_s.shape[1]} channels, but the hardware has "
+                          f"{hardware.channels}; give as many.")  # fmt: skip
+    if not np.isclose(given.sample_s, hardware.sample_s, rtol=1e-9):
+        raise ConfigError(f"{name}: the clock of the file is {given.sample_s:g} s, but hardware.sample_s is "
+                          f"{hardware.sample_s:g}; change one.")  # fmt: skip
+    return Waveform(given.real_rad_s, given.imag_rad_s, hardware.sample_s)
+
+
+def _searched(work: Work, checkpoint: Checkpoint, out: RunFolder) -> Shaped:
+    """The nominal search, and from its end that over all members, each going on where it was killed."""
+    wanted = work.config.optimize
+    assert wanted is not None
+    before = checkpoint.load()
+    if before is not None:
+        out.log(f"goes on after {before[1]} iterations of the stage {before[0]}, where it was stopped")
+    stages: list[tuple[str, AbstractTarget]] = [(NOMINAL, work.target)]
+    if work.robust is not None:
+        stages.append((ROBUST, work.robust))
+    found = None
+    for stage, target in stages:
+        if before is not None and before[0] == ROBUST and stage == NOMINAL:
+            continue  # it was over
+        done, begin = 0, None if found is None else found.point
+        if before is not None and before[0] == stage:
+            done, begin = before[1], before[2]
+        with search_progress(out, target.name) as progress:
+            found = shape(
+                work.ion, work.hardware, target, work.layout, **work.family, start=work.start, begin_at=begin,
+                iterations=max(1, wanted.iterations - done), enough=wanted.enough, on_progress=progress,
+                on_point=_keeping(checkpoint, stage, done),
+            )  # fmt: skip
+        checkpoint.keep(stage, 0, found.point, at_once=True)
+    assert found is not None
+    return found
+
+
+def _keeping(checkpoint: Checkpoint, stage: str, done: int) -> Callable[[np.ndarray], None]:
+    chunks = [0]
+
+    def keep(point: np.ndarray) -> None:
+        chunks[0] += 1
+        checkpoint.keep(stage, done + 10 * chunks[0], point)
+
+    return keep
+
+
+def _given(work: Work) -> Shaped:
+    """The samples of a file as they stand there."""
+    assert work.start is not None
+    assert work.given is not None
+    named = ("laser_offset_1_hz", "laser_offset_2_hz")
+    offsets = tuple(float(work.given.attributes.get(name, 0.0)) for name in named)
+    value = work.score(work.start, offsets)
+    first = work.layout.placed(work.hardware.quantized(gaussian_pulses(work.hardware, work.layout.samples)))
+    before = work.score(first, (0.0, 0.0))
+    return Shaped("solved, not optimized", before, value, work.start, first, np.zeros(0), offsets, [])
+
+
+def _limits(work: Work, found: Shaped, out: RunFolder) -> tuple[Limits, NotKnowing | None]:
+    wanted = work.config.optimize
+    assert wanted is not None
+    out.log("limits: the same search with decay and dephasing alone, and without them")
+    bounds = limits(
+        work.ion, work.hardware, work.target, work.layout, found.point, iterations=wanted.iterations, start=work.start,
+        **work.family,
+    )  # fmt: skip
+    if work.robust is None or wanted.robust is None or not wanted.robust.recalibrate:
+        return bounds, None
+    count = wanted.robust.recalibrate
+    out.log(f"recalibration: the search again for {count} members, as if each were known")
+    player, _, _ = player_of(work.ion, work.hardware, work.robust, work.layout, **work.family, start=work.start)
+    unknown = value_of_recalibrating(
+        player, work.robust, found.point, found.offsets_hz, count, iterations=wanted.iterations
+    )
+    return bounds, unknown
+
+
+def _over_members(work: Work, found: Shaped, unknown: NotKnowing | None) -> dict[str, Any] | None:
+    """The target's number over the members, before and after, and what is lost because they are not told apart."""
+    if work.robust is None:
+        return None
+    result: dict[str, Any] = {
+        "name": work.robust.name, "members": work.robust.members,
+        "before": found.before, "after": found.after,
+        "recomputed": work.score(found.waveform, found.offsets_hz, work.robust),
+    }  # fmt: skip
+    if unknown is not None:
+        result["recalibrated"] = {
+            "members": len(unknown.own), "common": unknown.common.tolist(), "own": unknown.own.tolist(),
+            "mean_common": float(np.mean(unknown.common)), "mean_own": float(np.mean(unknown.own)),
+        }  # fmt: skip
+    return result
+
+
+def _exported(found: Shaped, work: Work, out: RunFolder) -> tuple[dict[str, float], list[str]]:
     """Writes every file that can hold the samples; the target's number of each as it is read back, and why not."""
+    table = work.config.hardware
+    assert table is not None
     w = found.waveform
     samples = Samples(
         real_rad_s=np.asarray(w.real_rad_s),
         imag_rad_s=np.asarray(w.imag_rad_s),
         sample_s=float(w.sample_s),
         channels=("line_1", "line_2"),
-        full_scale_rad_s=hardware.largest_rad_s,
-        bits=hardware.bits,
-        carrier_hz=carrier_hz,
+        full_scale_rad_s=work.hardware.largest_rad_s,
+        bits=work.hardware.bits,
+        carrier_hz=None if table.carrier_hz is None else tuple(table.carrier_hz),
         attributes={"laser_offset_1_hz": found.offsets_hz[0], "laser_offset_2_hz": found.offsets_hz[1]},
     )
-    offsets = _pair(found.offsets_hz)
-    score = eqx.filter_jit(lambda device: target.value(device, offsets))
     values: dict[str, float] = {}
     notes: list[str] = []
-    for name in _FILES:
+    for name in FILES:
         try:
             waveform_files.write(out.work / name, samples)
             again = waveform_files.read(out.work / name)
         except WaveformError as error:
             notes.append(f"{name} is not there: {str(error).partition(': ')[2] or error}")
             continue
-        played = on_hardware(
-            ion, hardware, layout, Waveform(again.real_rad_s, again.imag_rad_s, again.sample_s),
-            offsets_hz=found.offsets_hz,
-        )  # fmt: skip
-        values[name] = float(score(played))
+        values[name] = work.score(Waveform(again.real_rad_s, again.imag_rad_s, again.sample_s), found.offsets_hz)
     return values, notes
 
 
-def _notes(found: Shaped, hardware: Hardware) -> list[str]:
-    peaks = np.asarray(found.waveform.peak_rad_s) / np.asarray(hardware.largest_rad_s)
+def _notes(
+    found: Shaped, work: Work, recomputed: float, members: dict[str, Any] | None, bounds: Limits | None
+) -> list[str]:
+    peaks = np.asarray(found.waveform.peak_rad_s) / np.asarray(work.hardware.largest_rad_s)
     at_limit = [f"line {k + 1}" for k, share in enumerate(peaks) if share > 0.99]
-    notes = [
-        "The lasers are offset by {:+.1f} and {:+.1f} Hz, onto the calibrated lines.".format(*found.offsets_hz),
-        f"Rounding, finer slices and a tighter solver change the number by {abs(found.exported - found.after):.1e}.",
-    ]
+    notes = ["The lasers are offset by {:+.1f} and {:+.1f} Hz, onto the calibrated lines.".format(*found.offsets_hz)]
+    if bounds is not None:
+        again = recomputed if members is None else members["recomputed"]
+        notes.append(f"Rounding and an independent solver change the number by {abs(again - found.after):.1e}.")
+        notes.append(_limits_in_words(work.target, recomputed, bounds))
+    if members is not None:
+        notes.append(_members_in_words(members))
+    broken = [name for name, by in work.hardware.violations(found.waveform).items() if by > 0]
+    if broken:
+        notes.append(f"The samples break limits of the hardware: {', '.join(broken)} (see violations).")
     if at_limit:
         notes.append(f"{' and '.join(at_limit)} reaches full scale; more power would gain more.")
     return notes
 
 
-def _arrays(found: Shaped, ion: IonMemristor, hardware: Hardware, target: Target, layout: Layout) -> xr.Dataset:
-    """Samples before and after, and what the target looks like, for both."""
-    start = layout.placed(hardware.quantized(hardware.allowed(*hardware.unconstrained(
-        gaussian_pulses(hardware, layout.samples)))))  # fmt: skip
-    before = on_hardware(ion, hardware, layout, start)
-    t_s = np.arange(found.waveform.samples) * float(found.waveform.sample_s)
-    data: dict[str, Any] = {"t_s": ("time", t_s, {"units": "s"})}
-    for when, w in (("before", start), ("after", found.waveform)):
-        for part, suffix in ((w.real_rad_s, ""), (w.imag_rad_s, "_imag")):
-            for k in range(2):
-                rabi_hz = np.asarray(part[:, k]) / (2 * np.pi)
-                data[f"rabi_{k + 1}_{when}{suffix}_hz"] = ("time", rabi_hz, {"units": "Hz"})
-    data |= _seen(target, {"before": (before, (0.0, 0.0)), "after": (found.device, found.offsets_hz)})
-    return xr.Dataset(data)
+def _members_in_words(members: dict[str, Any]) -> str:
+    text = (
+        f"Over {members['members']} devices {members['name']} is {members['before']:.4g} before and "
+        f"{members['recomputed']:.4g} after"
+    )
+    again = members.get("recalibrated")
+    if again is None:
+        return text + "."
+    return (
+        f"{text}. {again['members']} of them, searched again as if each were known, come from "
+        f"{again['mean_common']:.4g} to {again['mean_own']:.4g} in the mean: what calibrating each would gain."
+    )
 
 
-def _seen(target: Target, devices: dict[str, tuple[SampledIon, tuple[float, float]]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    if isinstance(target, Obedience):
-        grid = np.linspace(0, 1, _MAP_POINTS)
-        x, r = (jnp.asarray(a.ravel()) for a in np.meshgrid(grid, grid, indexing="ij"))
-        data |= {"x_set": ("x_set", grid, {"units": "1"}), "r_set": ("r_set", grid, {"units": "1"})}
-        for when, (device, offsets_hz) in devices.items():
-            error = np.asarray(disobedience(device, x, r, _pair(offsets_hz))).reshape(_MAP_POINTS, _MAP_POINTS)
-            data[f"error_{when}"] = (("x_set", "r_set"), error, {"units": "1"})
-    if isinstance(target, LoopShape):
-        for when, (device, offsets_hz) in devices.items():
-            x, y = target.loop(device, _pair(offsets_hz))
-            data |= {f"x_{when}": ("cycle", np.asarray(x)), f"y_{when}": ("cycle", np.asarray(y))}
-    return data
-
-
-def _pair(offsets_hz: tuple[float, float]) -> tuple[Array, Array]:
-    return jnp.asarray(offsets_hz[0], float), jnp.asarray(offsets_hz[1], float)
+def _limits_in_words(target: AbstractTarget, reached: float, bounds: Limits) -> str:
+    text = (
+        f"{target.name} {reached:.4g}: with decay and dephasing as the only faults the same search reaches "
+        f"{bounds.decay_and_dephasing:.4g}, without them {bounds.hardware:.4g}"
+    )
+    if bounds.ideal is None:
+        return text + "."
+    share = reached / bounds.ideal
+    text += f"; a device that obeys exactly has {bounds.ideal:.4g}, of which {100 * share:.1f} % is reached"
+    if share >= 0.99:
+        return text + "."
+    of = {
+        "decay and dephasing": bounds.hardware - bounds.decay_and_dephasing,
+        "time and power of the hardware": bounds.ideal - bounds.hardware,
+        "the other faults of the device": bounds.decay_and_dephasing - reached,
+    }
+    return text + f"; most of the rest is due to {max(of, key=lambda name: of[name])}."

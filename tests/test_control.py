@@ -12,16 +12,9 @@ import scipy.optimize
 import tables
 from scipy import integrate
 
-from calibration.control import (
-    Design,
-    LoopShape,
-    Obedience,
-    apply_commands,
-    disobedience,
-    loop_target,
-    optimize,
-)
+from calibration.control import Design, apply_commands, optimize
 from calibration.parameters import anchored
+from calibration.targets import LoopShape, Obedience, disobedience, loop_target
 from twin.dynamics import Adaptive, StaticGrid
 from twin.hysteresis import form_factor, signed_area
 from twin.loop import Settings, run, sine_input

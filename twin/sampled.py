@@ -17,7 +17,7 @@ from twin.batching import physical
 from twin.loop import AbstractMemristor, Responder, Response, Settings
 from twin.memory import AbstractMemory
 from twin.memristor import IonMemristor, averaged
-from twin.slices import Slices, Taylor, action_of, largest_action, propagate, taylor
+from twin.slices import Dense, Slices, Taylor, action_of, largest_action, propagate, taylor
 from twin.waveform import Waveform
 
 # Arrays none of whose axes is one of devices.
@@ -35,7 +35,7 @@ class SampledIon(AbstractMemristor):
         alone_slices: slices after which the run of channel 1 alone is over, but for the tail.
         tail_slices: parts of the time from the last slice to read-out, `ion.tail_s`.
         action: largest action of a slice that `rule` is laid for; cycles beyond it are flagged, and NaN.
-        rule: Taylor polynomial of a slice. error: of populations, which the rule keeps.
+        rule: Taylor polynomial of a slice, or `Dense()`. error: of populations, which the rule keeps.
     """
 
     ion: IonMemristor
@@ -44,7 +44,7 @@ class SampledIon(AbstractMemristor):
     alone_slices: int = eqx.field(static=True)
     tail_slices: int = eqx.field(static=True)
     action: float = eqx.field(static=True)
-    rule: Taylor = eqx.field(static=True)
+    rule: Taylor | Dense = eqx.field(static=True)
     error: float = eqx.field(static=True)
     slice_s: Float[Array, "..."] = physical()
 

@@ -5,6 +5,9 @@ Its Taylor polynomial acts on the state, in equal parts of the slice where one p
 matrix is formed. With a = h |L| / parts the remainder of a part is below a^(d + 1) / (d + 1)! / (1 - a / (d + 2)), so
 degree and parts follow from bounds on the drives before anything is traced (`taylor`). Derivatives are those of the
 polynomial, and as exact as it is.
+
+`Dense` forms the matrix of each slice instead, and its Padé exponential: slower, and independent of all the above but
+the right-hand side. It recomputes what a search has found.
 """
 
 import math
@@ -12,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -25,6 +29,7 @@ from twin.master_equation import lindblad_components, reached, schroedinger_comp
 from twin.pulses import Drive
 
 _LARGEST_DEGREE = 24
+_SQUARINGS = 40
 
 
 class Slices(eqx.Module):
@@ -51,6 +56,10 @@ class Taylor(NamedTuple):
 
     degree: int
     parts: int
+
+
+class Dense(NamedTuple):
+    """Exponentials of the matrices of the slices."""
 
 
 class Path(NamedTuple):
@@ -102,7 +111,7 @@ def action_of(system: LevelSystem, slices: Slices) -> Float[Array, "..."]:
 
 
 def propagate(
-    system: LevelSystem, slices: Slices, start: str | np.ndarray, rule: Taylor, *, saved: bool = False
+    system: LevelSystem, slices: Slices, start: str | np.ndarray, rule: Taylor | Dense, *, saved: bool = False
 ) -> Path:
     """Carries a state through all slices.
 
@@ -110,7 +119,7 @@ def propagate(
         system: the graph, in its rotating frame; a closed one with a pure start is solved as a ket.
         slices: the drives of its couplings. All numbers may have trailing batch axes.
         start: a level's name, a ket of shape (levels,), or a Hermitian matrix of shape (levels, levels, *batch).
-        rule: from `taylor`.
+        rule: from `taylor`, or `Dense()`.
         saved: whether the state after each slice is returned, in place of the last one.
     """
     shape = batch_shape(system, slices)
@@ -129,11 +138,17 @@ def propagate(
 
     def advance(y: magnus.State, row) -> magnus.State:
         real, imag, length_s = row
-        part_s = length_s / rule.parts
+        part_s = length_s / (1 if isinstance(rule, Dense) else rule.parts)
         scaled = magnus.times(system, part_s)
         drives = [
             Drive(real[k] * part_s, None if imag is None else imag[k] * part_s) for k in range(len(system.couplings))
         ]
+        if isinstance(rule, Dense):
+            units = [tuple(row) for row in jnp.eye(len(kept))]
+            matrix = jnp.stack([jnp.stack(slopes(scaled, drives, unit)) for unit in units], axis=1)
+            whole = jax.scipy.linalg.expm(jnp.moveaxis(matrix, (0, 1), (-2, -1)), max_squarings=_SQUARINGS)
+            ahead = (whole @ jnp.stack(y, axis=-1)[..., None])[..., 0]
+            return tuple(jnp.moveaxis(ahead, -1, 0))
         part = lambda v: magnus.exponential(lambda w: slopes(scaled, drives, w), v, rule.degree)
         return part(y) if rule.parts == 1 else lax.fori_loop(0, rule.parts, lambda _, v: part(v), y)
 
