@@ -5,7 +5,7 @@ is (`calibration.area_inverse`), and is kept as a table on the square of command
 plain angles, which a controller evaluates with a few multiplications.
 
 The grid is equally spaced in the plain angle: in x_set and r_set these are Chebyshev points, so that means over the
-square of commands are Clenshaw-Curtis sums, and the numbers here compare with `control.Obedience`.
+square of commands are Clenshaw-Curtis sums, and the numbers here compare with `targets.Obedience`.
 """
 
 import dataclasses

@@ -16,15 +16,13 @@ import qutip
 import tables
 import xarray as xr
 
-from calibration._minimize import Stage, minimize
 from calibration.hardware import Hardware
 from calibration.shaping import Layout, Shaped, gaussian_pulses, on_hardware, rescored, shape
 from calibration.targets import Obedience, loop_target
 from experiments import waveform_files
-from twin.levels import LevelSystem
 from twin.loop import Settings
 from twin.memristor import IonMemristor, Lindblad
-from twin.slices import Slices, propagate, taylor
+from twin.slices import taylor
 
 ROOT = Path(__file__).parents[1]
 DEVICE = {"rabi_scale_1": 0.966, "rabi_scale_2": 1.048, "detuning_1_hz": 1150.0, "detuning_2_hz": -830.0}
@@ -143,30 +141,6 @@ def test_a_loop_is_opened():
     target = loop_target("area", device, cycles_per_period=20)
     one = shape(device, hardware(), target, LAYOUT, iterations=25)
     assert score(one, target=target) > one.before + 1e-3
-
-
-@pytest.mark.parametrize("time", [0.97, 1.01])
-def test_the_speed_limit_of_a_transfer_is_reached(time):
-    """A resonant pi pulse takes pi / Omega: below it the best is sin^2(Omega T / 2), one per cent above it is whole."""
-    full, samples = 2 * math.pi * 40e3, 50
-    graph = LevelSystem(("v", "s", "m"), (("v", "s"), ("s", "m")), np.zeros(3))
-    sample_s = time * math.pi / full / samples
-    fast = Hardware(sample_s=sample_s, largest_rad_s=(full, full), slew_rad_s2=(math.inf,) * 2, real_only=True,
-                    zero_ends=False)  # fmt: skip
-    rng = np.random.default_rng(0)
-    start = rng.normal(0.3, 0.5, (1, samples))
-    best = minimize(_untransferred, (graph, fast), start, Stage("lbfgs", 400, 1e-12))
-    limit = math.cos(time * math.pi / 2) ** 2 if time < 1 else 0.0
-    assert best.values[0] == pytest.approx(limit, abs=2e-4)
-
-
-def _untransferred(point, args, each):
-    del each
-    graph, limits = args
-    raw = jnp.stack([point, jnp.zeros_like(point)], axis=1)
-    w = limits.allowed(raw)
-    slices = Slices(w.real_rad_s, None, jnp.full(w.samples, limits.sample_s))
-    return 1 - propagate(graph, slices, "v", taylor(0.2, 1e-12)).populations[1]
 
 
 CONFIG = """
