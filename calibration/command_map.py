@@ -132,7 +132,7 @@ def command_map(
         largest_rad: area that hardware can command; pi is full command today.
         polynomial_error: change of a population that the polynomial may make; its degree is the least that keeps it,
             or at most nine, and its error is stated either way.
-        draws: {parameter: values}, devices that a calibration left possible (`parameter_draws`); they give the bands.
+        draws: {parameter: values}, devices that a calibration left possible (`robust.parameter_draws`), for bands.
         error: of populations.
 
     Raises:
@@ -190,25 +190,6 @@ def mapped(
     theta_1, theta_2 = (jnp.minimum(theta, commands.largest_rad) for theta in (theta_1, theta_2))
     x, y = (_play(roomy, theta_1, theta_2, commands.offsets_hz, alone) for alone in (True, False))
     return x, y
-
-
-def parameter_draws(
-    names: tuple[str, ...], mean: Float[np.ndarray, " n"], covariance: Float[np.ndarray, "n n"], *,
-    count: int = 40, seed: int = 0, boxes: Mapping[str, tuple[float, float]] | None = None,
-) -> dict[str, Float[np.ndarray, " draws"]]:  # fmt: skip
-    """Values from the Gaussian that a calibration left, for `command_map`; values outside boxes are drawn again.
-
-    Raises:
-        ValueError: hardly any draw lies in the boxes.
-    """
-    rng, kept = np.random.default_rng(seed), np.zeros((0, len(names)))
-    low, high = np.array([(boxes or {}).get(name, (-math.inf, math.inf)) for name in names]).T
-    for _ in range(100):
-        values = rng.multivariate_normal(mean, covariance, size=count)
-        kept = np.concatenate([kept, values[np.all((values >= low) & (values <= high), axis=1)]])
-        if len(kept) >= count:
-            return dict(zip(names, kept[:count].T, strict=True))
-    raise ValueError(f"only {len(kept)} of {100 * count} draws lie in the boxes; draw from the posterior by sampling.")
 
 
 def reference(device: Playing) -> Playing:

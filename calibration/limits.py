@@ -48,7 +48,7 @@ def limits(
     iterations: int,
     **family: Any,
 ) -> Limits:
-    """Searches again on ions with fewer faults, each time from the pulses found last.
+    """Searches again on ions with fewer faults, from the pulses found last and from the start; the better one counts.
 
     Args:
         ion, hardware, target, layout, iterations, family: as of `calibration.shaping.shape`.
@@ -64,10 +64,15 @@ def limits(
         laser_linewidth_1_hz=zero, laser_linewidth_2_hz=zero,
     )  # fmt: skip
     values = []
+    best = max if target.is_gain else min
     for one in (noisy, silent):
-        found = shape(one, clean, target, layout, begin_at=point, iterations=iterations, **family)
-        point = found.point
-        values.append(rescored(one, clean, target, layout, found.waveform, found.offsets_hz))
+        tried = [
+            shape(one, clean, target, layout, begin_at=begin, iterations=iterations, **family)
+            for begin in (point, None)
+        ]
+        scores = [rescored(one, clean, target, layout, found.waveform, found.offsets_hz) for found in tried]
+        values.append(best(scores))
+        point = tried[scores.index(values[-1])].point
     return Limits(values[0], values[1], ideal_value(ion, target))
 
 

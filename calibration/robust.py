@@ -6,6 +6,7 @@ and belongs into the device (`n_bar`, linewidths).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -158,3 +159,22 @@ def drawn_changes(
         low, high = n_bar
         add("n_bar", low + (high - low) * uniform[:, 2] - float(ion.n_bar))
     return {name: jnp.asarray(change) for name, change in total.items()}
+
+
+def parameter_draws(
+    names: tuple[str, ...], mean: Float[np.ndarray, " n"], covariance: Float[np.ndarray, "n n"], *,
+    count: int = 40, seed: int = 0, boxes: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, Float[np.ndarray, " draws"]]:  # fmt: skip
+    """Values from the Gaussian that a calibration left, values outside boxes are drawn again.
+
+    Raises:
+        ValueError: hardly any draw lies in the boxes.
+    """
+    rng, kept = np.random.default_rng(seed), np.zeros((0, len(names)))
+    low, high = np.array([(boxes or {}).get(name, (-math.inf, math.inf)) for name in names]).T
+    for _ in range(100):
+        values = rng.multivariate_normal(mean, covariance, size=count)
+        kept = np.concatenate([kept, values[np.all((values >= low) & (values <= high), axis=1)]])
+        if len(kept) >= count:
+            return dict(zip(names, kept[:count].T, strict=True))
+    raise ValueError(f"only {len(kept)} of {100 * count} draws lie in the boxes; draw from the posterior by sampling.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.plots import BLUE, GREEN, GREY, ORANGE, arrows, figure_of, styled
 
@@ -126,6 +127,36 @@ def members(common: np.ndarray, own: np.ndarray, quantity: str) -> Figure:
     ax.plot(at, common, "o", color=ORANGE, label="pulses common to all")
     ax.plot(at, own, "s", color=GREEN, label="pulses of its own")
     ax.vlines(at, own, common, color=GREY, lw=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="device", ylabel=quantity, ylim=(min(0.0, float(np.min([common, own]))), None))
     ax.legend(fontsize=8)
+    return figure
+
+
+@styled
+def command_map(columns: Columns) -> Figure:
+    """Areas that really give what is wanted, as changes of the plain ones, with bands of the calibration's errors.
+
+    Args:
+        columns: `map_x_set`, `map_r_set`, `map_theta_1`, `map_theta_2`, and, where drawn, `map_theta_1_std`.
+    """
+    figure, (left, right) = figure_of(2, 3.1, 3.7)
+    x, r = np.asarray(columns["map_x_set"]), np.asarray(columns["map_r_set"])
+    plain = lambda wanted: 2 * np.arcsin(np.sqrt(wanted))
+    theta_1 = np.asarray(columns["map_theta_1"])
+    left.plot(x, plain(x), "--", color=GREY, label="without a map")
+    left.plot(x, theta_1, "-", color=BLUE, label="map")
+    if "map_theta_1_std" in columns:
+        band = 1.96 * np.asarray(columns["map_theta_1_std"])
+        left.fill_between(x, theta_1 - band, theta_1 + band, color=BLUE, alpha=0.2, lw=0, label="95 %")
+    left.set(title="pulse 1", xlabel="wanted input x_set", ylabel="commanded area θ₁ (rad)")
+    left.legend(fontsize=8)
+    right.grid(False)
+    change = (np.asarray(columns["map_theta_2"]) - plain(r)).T
+    largest = float(np.nanmax(np.abs(change[:, 1:])))
+    image = right.pcolormesh(
+        x[1:], r, change[:, 1:], cmap="RdBu_r", vmin=-largest, vmax=largest, shading="nearest", rasterized=True
+    )
+    right.set(title="pulse 2", xlabel="wanted input x_set", ylabel="wanted transfer r_set")
+    figure.colorbar(image, ax=right, label="change of the area θ₂ (rad)")
     return figure

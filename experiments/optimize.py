@@ -15,7 +15,7 @@ import xarray as xr
 from calibration.control import Design, optimize
 from calibration.parameters import with_parameters
 from calibration.targets import AbstractTarget
-from experiments import report, shape
+from experiments import command_maps, report, shape
 from experiments.build import device_from, memory_from
 from experiments.control_arrays import pair, seen
 from experiments.progress import search_progress
@@ -55,6 +55,8 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     robust = robust_from(config, device, target, fit_run)
     if config.optimize.shape is not None:
         return shape.run(config, device, target, robust, notes, fit_run, out, clock)
+    if not config.optimize.bounds:
+        return _mapped(config, device, notes, fit_run, out, seed, clock)
     out.log(f"target {config.optimize.target}, commands {', '.join(config.optimize.bounds)}")
     with search_progress(out, (robust or target).name) as progress:
         design = optimize(
@@ -91,11 +93,38 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         **provenance(),
     }
     out.write_result(result)  # first: what follows cannot lose it
-    out.write_arrays(_arrays(device, design, target))
+    arrays = _arrays(device, design, target)
+    arrays = arrays.assign(command_maps.add(config, design.device, design.offsets_hz, fit_run, out, result))
+    out.write_result(result)
+    out.write_arrays(arrays)
     report.write(out)
     for name, command in design.commands.items():
         bound = " (at its bound)" if command.at_bound else ""
         out.log(f"  {name:<18} {command.before: .6g} -> {command.after: .6g} {command.unit}{bound}")
+    return result
+
+
+def _mapped(
+    config: Config, device: IonMemristor, notes: list[str], fit_run: Path | None, out: RunFolder, seed: int,
+    clock: Stopwatch,
+) -> dict[str, Any]:  # fmt: skip
+    """The command map alone: pulses stay as they are, and lasers are tuned onto the lines."""
+    offsets_hz = (-float(device.detuning_1_hz), -float(device.detuning_2_hz))
+    result: dict[str, Any] = {
+        "kind": "optimize", "status": "mapped", "target": "command map", "offsets_hz": list(offsets_hz),
+        "notes": [*notes, "Pulses are unchanged; the lasers are offset by {:+.1f} and {:+.1f} Hz.".format(*offsets_hz)],
+        "from": None if fit_run is None else Path(fit_run).name, "seed": seed, **provenance(),
+    }  # fmt: skip
+    columns = command_maps.add(config, device, offsets_hz, fit_run, out, result)
+    table = result["command_map"]
+    result["metric"] = {"name": "obedience_rms", "unit": "1", "before": table["rms_plain"],
+                        "after": table["rms_mapped"], "recomputed": table["rms_mapped"]}  # fmt: skip
+    result["seconds"] = clock.stop()
+    out.write_result(result)
+    out.write_arrays(xr.Dataset(columns))
+    report.write(out)
+    for note in result["notes"]:
+        out.log(f"  {note}")
     return result
 
 

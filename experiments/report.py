@@ -427,3 +427,7 @@ def _control_pictures(result: Mapping[str, Any], columns: Mapping[str, np.ndarra
         yield Picture("members", "What is lost by not knowing better", "Devices that the calibration cannot tell "
                       "apart: under the common pulses, and under pulses searched for each as if it were known.",
                       control_plots.members(np.array(again["common"]), np.array(again["own"]), quantity))  # fmt: skip
+    if "map_theta_1" in columns:
+        yield Picture("command_map", "Command map", "Pulse areas that really give what is wanted, pi being full "
+                      "command; the table and its polynomial are in command_map.csv and .nc.",
+                      control_plots.command_map(columns))  # fmt: skip

@@ -136,7 +136,7 @@ class Optimize(Table):
     bounds: Annotated[dict[str, Box], within(COMMANDS)] = Field(
         {},
         description="at least one command to change as name = [low, high]; amplitudes are relative to the nominal one; "
-        "none with [optimize.shape]",
+        "none with [optimize.shape], or for a command map alone",
         json_schema_extra={"propertyNames": {"enum": list(COMMANDS)}},
     )
     shape: Shape | None = Field(None, description="samples are free, in place of the commands of Gaussian pulses")
@@ -150,9 +150,9 @@ class Optimize(Table):
 
     @model_validator(mode="after")
     def _something_to_change(self) -> "Optimize":
-        if not self.bounds and self.shape is None:
+        if not self.bounds and self.shape is None and self.command_map is None:
             raise Refusal("bounds", "names no command; give at least one as name = [low, high], or a table "
-                          "[optimize.shape]")  # fmt: skip
+                          "[optimize.shape] or [optimize.command_map]")  # fmt: skip
         if self.bounds and self.shape is not None:
             raise Refusal("bounds", "belongs to Gaussian pulses, but [optimize.shape] makes every sample free; "
                           "remove one of the two")  # fmt: skip

@@ -16,9 +16,9 @@ from calibration.families import COMPOSITES, composite
 from calibration.hardware import Hardware
 from calibration.limits import Limits, NotKnowing, limits, value_of_recalibrating
 from calibration.robust import Robust
-from calibration.shaping import Layout, Shaped, gaussian_pulses, player_of, rescored, shape
+from calibration.shaping import Layout, Shaped, gaussian_pulses, on_hardware, player_of, rescored, shape
 from calibration.targets import AbstractTarget
-from experiments import report, waveform_files
+from experiments import command_maps, report, waveform_files
 from experiments.build import hardware_from
 from experiments.checkpoint import Checkpoint, same_but_iterations
 from experiments.config import ConfigError
@@ -119,7 +119,16 @@ def run(
         **provenance(),
     }  # fmt: skip
     out.write_result(result)  # first: what follows cannot lose it
-    out.write_arrays(arrays_of_samples(found, work.ion, work.hardware, target, work.layout))
+    arrays = arrays_of_samples(found, work.ion, work.hardware, target, work.layout)
+    headroom = np.min(
+        np.asarray(work.hardware.largest_rad_s) / np.maximum(np.asarray(found.waveform.peak_rad_s), 1e-300)
+    )
+    device = on_hardware(work.ion, work.hardware, work.layout, found.waveform, offsets_hz=found.offsets_hz)
+    arrays = arrays.assign(
+        command_maps.add(config, device, found.offsets_hz, fit_run, out, result, headroom=float(headroom))
+    )
+    out.write_result(result)
+    out.write_arrays(arrays)
     report.write(out)
     checkpoint.remove()
     out.log(

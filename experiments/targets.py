@@ -5,13 +5,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import qmc
 
 from calibration import twin_file
-from calibration.robust import Robust, drawn_changes
+from calibration.robust import Robust, drawn_changes, parameter_draws
 from calibration.targets import (
     AbstractTarget,
     Duration,
@@ -160,10 +158,6 @@ def posterior_of(fit_run: Path, ion: IonMemristor, members: int, seed: int) -> d
     if twin.draws is not None:
         chosen = twin.draws[np.linspace(0, len(twin.draws) - 1, members).round().astype(int)][:, own]
         return dict(zip(names, chosen.T, strict=True))
-    sobol = qmc.Sobol(len(own), rng=np.random.default_rng(seed))
-    uniform = np.clip(sobol.random_base2(math.ceil(math.log2(members)))[:members], 1e-9, 1 - 1e-9)
-    size, axes = np.linalg.eigh(twin.covariance[np.ix_(own, own)])
-    draws = twin.mean[own] + (np.asarray(jax.scipy.special.ndtri(uniform)) * np.sqrt(np.maximum(size, 0.0))) @ axes.T
-    # A draw beyond its prior box moves to the edge.
-    low, high = (np.array([twin.boxes[name][k] for name in names]) for k in (0, 1))
-    return dict(zip(names, np.clip(draws, low, high).T, strict=True))
+    covariance = twin.covariance[np.ix_(own, own)]
+    boxes = {name: twin.boxes[name] for name in names}
+    return parameter_draws(tuple(names), twin.mean[own], covariance, count=members, seed=seed, boxes=boxes)

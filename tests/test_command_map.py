@@ -13,7 +13,8 @@ import tables
 from test_sampled import gaussians
 
 from calibration.area_inverse import invert, laid
-from calibration.command_map import CommandMap, clenshaw_curtis, command_map, mapped, parameter_draws
+from calibration.command_map import CommandMap, clenshaw_curtis, command_map, mapped
+from calibration.robust import parameter_draws
 from calibration.targets import Obedience
 from experiments import command_map_files
 from experiments.command_map_files import CommandMapError
