@@ -111,7 +111,7 @@ def _mapped(
     """The command map alone: pulses stay as they are, and lasers are tuned onto the lines."""
     offsets_hz = (-float(device.detuning_1_hz), -float(device.detuning_2_hz))
     result: dict[str, Any] = {
-        "kind": "optimize", "status": "mapped", "target": "command map", "offsets_hz": list(offsets_hz),
+        "kind": "optimize", "status": "done", "target": "command map", "offsets_hz": list(offsets_hz),
         "notes": [*notes, "Pulses are unchanged; the lasers are offset by {:+.1f} and {:+.1f} Hz.".format(*offsets_hz)],
         "from": None if fit_run is None else Path(fit_run).name, "seed": seed, **provenance(),
     }  # fmt: skip

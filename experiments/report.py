@@ -315,7 +315,9 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     status = str(result.get("status", "unknown"))
     return environment.get_template("report.html.j2").render(
         title=_TITLES.get(result.get("kind", ""), "Run"),
-        good=status in ("converged", "done") and not result.get("rejected", False) and _valid(result),
+        good=(status in ("converged", "done") or status.startswith("stopped: "))
+        and not result.get("rejected", False)
+        and _valid(result),
         verdict=verdict(result),
         result=result,
         parameters={name: _readable(one) for name, one in parameters.items() if one["verdict"] != "fixed"},

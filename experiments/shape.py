@@ -228,7 +228,7 @@ def _given(work: Work) -> Shaped:
     value = work.score(work.start, offsets)
     first = work.layout.placed(work.hardware.quantized(gaussian_pulses(work.hardware, work.layout.samples)))
     before = work.score(first, (0.0, 0.0))
-    return Shaped("solved, not optimized", before, value, work.start, first, np.zeros(0), offsets, [])
+    return Shaped("done", before, value, work.start, first, np.zeros(0), offsets, [])
 
 
 def _limits(work: Work, found: Shaped, out: RunFolder) -> tuple[Limits, NotKnowing | None]:
@@ -300,8 +300,11 @@ def _notes(
 ) -> list[str]:
     peaks = np.asarray(found.waveform.peak_rad_s) / np.asarray(work.hardware.largest_rad_s)
     at_limit = [f"line {k + 1}" for k, share in enumerate(peaks) if share > 0.99]
-    notes = ["The lasers are offset by {:+.1f} and {:+.1f} Hz, onto the calibrated lines.".format(*found.offsets_hz)]
-    if bounds is not None:
+    offsets = "{:+.1f} and {:+.1f} Hz".format(*found.offsets_hz)
+    if bounds is None:
+        notes = [f"The samples of the file are solved as they stand, with lasers offset by {offsets}; nothing moved."]
+    else:
+        notes = [f"The lasers are offset by {offsets}, onto the calibrated lines."]
         again = recomputed if members is None else members["recomputed"]
         notes.append(f"Rounding and an independent solver change the number by {abs(again - found.after):.1e}.")
         notes.append(_limits_in_words(work.target, recomputed, bounds))
