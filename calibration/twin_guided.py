@@ -64,11 +64,11 @@ class TwinGuided(AbstractSearch):
         start: where it begins; the middle by default.
         radius: first trust radius, as a share of the box.
         slope_doubt: how wrong the twin's slopes may be, as a share of their size.
-        patience: rounds in a row, each at the optimum, whose expected gain is below the noise before it is done.
+        patience: rounds in a row, around the optimum, whose expected gain is below the noise before it is done.
     """
 
     def __init__(self, boxes, model: Model, *, start=None, radius: float = 0.3, slope_doubt: float = 0.3,
-                 patience: int = 3):  # fmt: skip
+                 patience: int = 2):  # fmt: skip
         self.names, self.low, self.high = box_of(boxes)
         self.history: list[Round] = []
         share = start_share(self.names, self.low, self.high, start)
@@ -77,7 +77,6 @@ class TwinGuided(AbstractSearch):
         self._twin, self._slopes = (functools.partial(program, model, self.low, self.high) for program in
                                     (_residuals, _jacobian))  # fmt: skip
         self._center, self._radius, self._standing = share, radius, 0
-        self._probed: tuple[np.ndarray, float] | None = None
         # Everything told: shares, measured minus twin, standard errors.
         self._told = ([], [], [])
         self._plan = _Plan(share[None], share, np.inf, np.inf, 0.0, False)
@@ -136,16 +135,16 @@ class TwinGuided(AbstractSearch):
         jacobian = lambda u: np.asarray(self._slopes(u)) + slopes
         low, high = np.maximum(center - self._radius, 0.0), np.minimum(center + self._radius, 1.0)
         inner = np.clip(center, low + 1e-9, high - 1e-9)
-        found = least_squares(residuals, inner, jac=cast(Any, jacobian), bounds=(low, high), xtol=1e-12, ftol=1e-12)
+        found = least_squares(residuals, inner, jac=cast(Any, jacobian), bounds=(low, high), xtol=1e-9, ftol=1e-11)
         optimum, before, expected = found.x, float(np.sum(residuals(center) ** 2)), float(2 * found.cost)
         # A fit of pure noise would gain its projection on the slopes.
         directions, _ = np.linalg.qr(jacobian(optimum))
         noise = float(np.sum(directions**2 * variance[:, None]))
         stands = before - expected <= noise or np.max(np.abs(optimum - center)) < _PROBES[0]
-        self._standing = self._standing + 1 if stands and self._is_probed(optimum) else 0
-        if stands and not self._is_probed(optimum):
-            return _Plan(self._probes(optimum), optimum, before, expected, noise, True)
-        return _Plan(optimum[None], optimum, before, expected, noise, False)
+        self._standing = self._standing + 1 if stands and self._plan.probing else 0
+        # Repeating the optimum alone would average its residuals, but leave the slopes to the twin.
+        shares = self._probes(optimum) if stands else optimum[None]
+        return _Plan(shares, optimum, before, expected, noise, stands)
 
     def _correction(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(b, C, variance of b), residual by residual, around the centre."""
@@ -167,13 +166,10 @@ class TwinGuided(AbstractSearch):
         return float(np.clip(np.sqrt(error / (_CURVATURE * size)), *_PROBES))
 
     def _probes(self, optimum: np.ndarray) -> np.ndarray:
-        """The optimum, and one point along each axis, towards the farther bound."""
-        size = self._probe_size()
-        self._probed = (optimum, size)
-        return np.concatenate([optimum[None], optimum + np.diag(np.where(optimum < 0.5, size, -size))])
-
-    def _is_probed(self, optimum: np.ndarray) -> bool:
-        return self._probed is not None and bool(np.max(np.abs(optimum - self._probed[0])) <= 2 * self._probed[1])
+        """The optimum, and one point along each axis: on this side and on that in turn, where the bounds leave room."""
+        step = self._probe_size() * (-1) ** len(self.history)
+        ahead = np.where((optimum + step >= 0) & (optimum + step <= 1), step, -step)
+        return np.concatenate([optimum[None], optimum + np.diag(ahead)])
 
 
 def pulse_model(
