@@ -92,7 +92,7 @@ def test_the_robustness_map_is_the_target_elsewhere():
 
 @pytest.mark.slow
 def test_the_worst_device_is_served_better():
-    changes = drawn_changes(ion(), 8, posterior=None, intensity_std=0.04, detuning_std_hz=300.0)
+    changes = drawn_changes(ion(), 8, posterior=None, detuning_std_hz=1500.0)
     robust = Robust(Obedience(), changes, worst=True)
     nominal = shape(ion(), hardware(), Obedience(), LAYOUT, iterations=300)
     found = shape(ion(), hardware(), robust, LAYOUT, begin_at=nominal.point, iterations=300)
@@ -104,7 +104,9 @@ def test_the_worst_device_is_served_better():
     known = value_of_recalibrating(player, robust, found.point, offsets_hz, 3, iterations=200)
     each = robust.each(player(jnp.asarray(found.point)), tuple(jnp.asarray(f) for f in offsets_hz))
     np.testing.assert_allclose(known.common, each[:3], rtol=1e-9)
-    assert np.all(known.own < known.common) and np.mean(known.own) < 0.3 * np.mean(known.common)
+    assert np.all(known.own < 0.7 * known.common)
+    # Retuned, they are the same device.
+    np.testing.assert_allclose(known.own, known.own[0], rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -127,7 +129,7 @@ def test_the_form_factor_of_an_ideal_device_is_reached():
     reached = rescored(device, hardware(), target, LAYOUT, found.waveform, found.offsets_hz)
     assert reached > 0.99 * ideal_value(device, target)
     # Where decay forbids it, the same search says so: without decay it would be reached.
-    fast = ion(source="model", lifetime_s=3e-4)
+    fast = ion(source="model", lifetime_s=1e-4)
     found = shape(fast, hardware(), target, LAYOUT, iterations=60)
     bounds = limits(fast, hardware(), target, LAYOUT, found.point, iterations=60)
     assert bounds.decay_and_dephasing < 0.97 * bounds.ideal < bounds.hardware

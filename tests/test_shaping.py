@@ -2,11 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,17 +10,14 @@ import numpy as np
 import pytest
 import qutip
 import tables
-import xarray as xr
 
 from calibration.hardware import Hardware
 from calibration.shaping import Layout, Shaped, gaussian_pulses, on_hardware, rescored, shape
 from calibration.targets import Obedience, loop_target
-from experiments import waveform_files
 from twin.loop import Settings
 from twin.memristor import IonMemristor, Lindblad
 from twin.slices import taylor
 
-ROOT = Path(__file__).parents[1]
 DEVICE = {"rabi_scale_1": 0.966, "rabi_scale_2": 1.048, "detuning_1_hz": 1150.0, "detuning_2_hz": -830.0}
 STD = {"rabi_scale_1": 0.0046, "rabi_scale_2": 0.015, "detuning_1_hz": 65.0, "detuning_2_hz": 120.0}
 LAYOUT = Layout(samples=30, delay=30)
@@ -141,50 +134,3 @@ def test_a_loop_is_opened():
     target = loop_target("area", device, cycles_per_period=20)
     one = shape(device, hardware(), target, LAYOUT, iterations=25)
     assert score(one, target=target) > one.before + 1e-3
-
-
-CONFIG = """
-[device]
-tail_s = 10e-6
-detuning_1_hz = 1000.0
-rabi_scale_2 = 1.05
-
-[optimize]
-iterations = {iterations}
-
-[optimize.shape]
-samples = 30
-delay_samples = 30
-
-[hardware]
-sample_s = 2e-6
-largest_rabi_hz = [40e3, 40e3]
-bits = 12
-carrier_hz = [80e6, 80e6]
-"""
-
-
-def test_the_verb_exports_what_it_found(tmp_path):
-    (tmp_path / "c.toml").write_text(CONFIG.format(iterations=400))
-    command = [
-        sys.executable,
-        "-m",
-        "experiments",
-        "optimize",
-        tmp_path / "c.toml",
-        "--out",
-        tmp_path / "run",
-        "--json",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["metric"]["recomputed"] < result["metric"]["before"] / 10
-    assert set(result["files"]) == {"waveform.csv", "waveform.nc", "waveform.qasm", "waveform.py"}
-    # The DDS has amplitude steps of its own.
-    np.testing.assert_allclose(list(result["files"].values()), result["metric"]["recomputed"], rtol=0.02)
-    arrays = xr.load_dataset(tmp_path / "run" / "arrays.nc", engine="h5netcdf")
-    samples = waveform_files.read(tmp_path / "run" / "waveform.csv")
-    np.testing.assert_allclose(arrays["rabi_2_after_hz"], samples.real_rad_s[:, 1] / (2 * np.pi), atol=1e-6)
-    assert np.max(np.abs(arrays.error_after)) < np.max(np.abs(arrays.error_before)) / 5
-    assert "Pulses" in (tmp_path / "run" / "report.html").read_text()
