@@ -171,7 +171,7 @@ def test_gradients_through_everything(system, names):
     limits = hardware(real_only=False, bandwidth_hz=300e3, attenuation_db=40.0, rise_s=0.5e-6,
                       mixing_real=np.array([[1, 0.1], [0.05, 1]]))  # fmt: skip
     terms = tuple(steering.Weighted(goal) for goal in map(GOALS.get, names))
-    problem = steering._problem(system, limits, terms, 30, Tuning(LAMBDA.slopes, 4e3), 2, 1e-13)
+    problem = steering.posed(system, limits, terms, 30, Tuning(LAMBDA.slopes, 4e3), 2, 1e-13)
     point = jnp.asarray(problem.starting_points(None, 1, 3)[0])
     values = jax.jit(lambda p: jnp.stack(steering._goal_values(problem, p)))
     along = jnp.asarray(np.random.default_rng(0).normal(size=point.shape))
@@ -188,7 +188,7 @@ def test_the_dense_solve_agrees_with_the_engine(system):
     limits = hardware(real_only=False, rise_s=0.5e-6)
     tuning = Tuning(LAMBDA.slopes, 4e3)
     terms = tuple(steering.Weighted(goal) for goal in GOALS.values())
-    problem = steering._problem(system, limits, terms, 30, tuning, 2, 1e-13)
+    problem = steering.posed(system, limits, terms, 30, tuning, 2, 1e-13)
     point = jnp.asarray(problem.starting_points(None, 1, 5)[0])
     other = judged(system, limits, list(GOALS.values()), problem.waveform(point), tuning=tuning,
                    offsets_hz=problem.offsets_hz(point), oversampling=2)  # fmt: skip
