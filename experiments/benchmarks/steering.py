@@ -14,7 +14,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -125,11 +125,11 @@ def _about(name: str) -> str:
 
 
 def _engines() -> dict[str, Callable[[str, np.ndarray, float], Search]]:
-    engines: dict[str, Callable] = {"twin, L-BFGS": _twin}
+    engines: dict[str, Callable] = {"twin, L-BFGS": partial(_twin, 0), "twin, L-BFGS, 7 more starts": partial(_twin, 7)}
     for algorithm in ("GRAPE", "CRAB", "JOPT"):
-        engines[f"QuTiP-QOC {algorithm}"] = lambda *a, algorithm=algorithm: _qutip_qoc(algorithm, *a)
+        engines[f"QuTiP-QOC {algorithm}"] = partial(_qutip_qoc, algorithm)
     for optimizer in ("L-BFGS", "Adam"):
-        engines[f"dynamiqs Expm, Optax {optimizer}"] = lambda *a, optimizer=optimizer: _dynamiqs(optimizer, *a)
+        engines[f"dynamiqs Expm, Optax {optimizer}"] = partial(_dynamiqs, optimizer)
     return engines
 
 
@@ -188,9 +188,10 @@ def _checkpoints(run: Callable, samples_of: Callable, seconds: float) -> list[tu
         if elapsed < 0.3:
             elapsed = median(_timed(lambda n=iterations: run(n))[0] for _ in range(3))
         samples = np.asarray(samples_of(point))
-        if path and np.array_equal(samples, path[-1][1]):
-            break
         path.append((elapsed, samples))
+        # A line search may hold its samples for a while; one that holds them so long has ended.
+        if len(path) > 3 and all(np.array_equal(samples, other) for _, other in path[-4:-1]):
+            break
     return path
 
 
@@ -199,10 +200,17 @@ def _rate(value_and_gradient: Callable, point) -> float:
     return 1 / median(_timed(lambda: value_and_gradient(point))[0] for _ in range(30))
 
 
-def _twin(kind: str, start: np.ndarray, seconds: float) -> Search:
-    problem = steering.posed(_graph(kind), _limits(_SLICES), (Weighted(_GOAL),), _SLICES)
-    points = jnp.asarray(_raw(start).ravel()[None])
-    run = lambda n: minimize(steering.loss, problem, points, Stage("lbfgs", n, 1e-15), chunk=n).points[0]
+def _twin(more: int, kind: str, start: np.ndarray, seconds: float) -> Search:
+    """The optimizer of `steer` from the given samples, and from random ones besides."""
+    limits = _limits(_SLICES)
+    problem = steering.posed(_graph(kind), limits, (Weighted(_GOAL),), _SLICES)
+    waveform = Waveform(_FULL_RAD_S * start, np.zeros_like(start), limits.sample_s)
+    points = jnp.asarray(problem.starting_points(waveform, more, 0))
+
+    def run(iterations: int):
+        found = minimize(steering.loss, problem, points, Stage("lbfgs", iterations, 1e-15), chunk=iterations)
+        return found.points[jnp.nanargmin(found.values)]
+
     setup, _ = _timed(lambda: run(1))
     path = _checkpoints(run, lambda point: problem.waveform(point).real_rad_s / _FULL_RAD_S, seconds)
     both = eqx.filter_jit(lambda problem, point: jax.value_and_grad(steering.loss)(point, problem, ()))
