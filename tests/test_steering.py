@@ -114,8 +114,10 @@ def ladder(detuning_2_hz=0.0) -> LevelSystem:
 def best_on_the_ladder(rabi_hz: float, end: str, window_s: float, samples: int = 20) -> float:
     """Largest population of a level at the end, from s, under a bound on the second line."""
     limits = hardware(full=2 * math.pi * rabi_hz, sample_s=window_s / samples)
-    half = Waveform(np.full((samples, 2), 0.7 * 2 * math.pi * rabi_hz), np.zeros((samples, 2)), limits.sample_s)
-    return 1 - steer(ladder(), limits, StateTransfer("s", end), samples, start=half, starts=2).recomputed[0]
+    # Line 1 would take the ion back to v.
+    light = 0.9 * np.asarray(limits.largest_rad_s) * np.array([0.0, 1.0]) * np.ones((samples, 1))
+    constant = Waveform(light, np.zeros_like(light), limits.sample_s)
+    return 1 - steer(ladder(), limits, StateTransfer("s", end), samples, start=constant, starts=2).recomputed[0]
 
 
 # Rabi limit of the second line in Hz, and a window in which the largest population of m is reached.

@@ -36,7 +36,9 @@ def ladder(full_hz: float, end: str, window_s: float) -> float:
         detuning_1_hz=0.0, detuning_2_hz=0.0, lifetime_s=52.7e-3, branching=0.4, m_lifetime_s=TOP_LIFETIME_S
     )
     limits = limits_of(full_hz, window_s, SAMPLES)
-    constant = Waveform(0.7 * 2 * math.pi * full_hz * np.ones((SAMPLES, 2)), np.zeros((SAMPLES, 2)), limits.sample_s)
+    # Line 1 would take the ion back to v.
+    light = 0.98 * np.asarray(limits.largest_rad_s) * np.array([0.0, 1.0]) * np.ones((SAMPLES, 1))
+    constant = Waveform(light, np.zeros_like(light), limits.sample_s)
     return 1 - steer(graph, limits, StateTransfer("s", end), SAMPLES, start=constant, starts=2).recomputed[0]
 
 
