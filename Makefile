@@ -35,7 +35,14 @@ $(BENCH)/.ready: pyproject.toml
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
-bench: $(BENCH)/.ready
+# QuTiP-QOC needs a NumPy older than the package's: a process of B8 runs there.
+QOC := .venv-qoc
+$(QOC)/.ready: Makefile
+	"$(PYTHON)" -m venv --clear $(QOC)
+	$(QOC)/bin/python -m pip install --quiet --disable-pip-version-check 'qutip-qoc==0.2.0' 'qutip-jax==0.1.1' 'qutip>=5.1,<6' 'numpy>=1.26,<2' 'jax>=0.5,<0.6'
+	@touch $@
+
+bench: $(BENCH)/.ready $(QOC)/.ready
 	$(BENCH)/bin/python -m experiments.benchmarks
 
 bench-quick: $(BENCH)/.ready
@@ -47,4 +54,4 @@ lint: $(READY)
 	$(BIN)/ty check
 
 clean:
-	rm -rf $(VENV) $(BENCH) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(QOC) runs .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ several random starts, the best of which counts.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -81,7 +82,7 @@ def steer(
     samples: int,
     *,
     start: Waveform | None = None,
-    starts: int = 4,
+    starts: int = 8,
     seed: int = 0,
     tuning: Tuning | None = None,
     oversampling: int = 1,
@@ -125,7 +126,7 @@ def steer(
         raise ValueError(f"`starts` must be at least 1 without a `start`, but is {starts}; a search begins somewhere.")
     pairs = [(goal, 1.0)] if isinstance(goal, AbstractGoal) else goal
     terms = tuple(Weighted(one, weight) for one, weight in pairs)
-    problem = _problem(system, hardware, terms, samples, tuning, oversampling, error)
+    problem = posed(system, hardware, terms, samples, tuning, oversampling, error)
     points = problem.starting_points(start, starts, seed)
     history: list[float] = []
 
@@ -134,7 +135,7 @@ def steer(
         if on_progress is not None:
             on_progress("steer", done, iterations, history[-1])
 
-    found = minimize(_loss, problem, points, Stage("lbfgs", iterations, tolerance), on_progress=report)
+    found = minimize(loss, problem, points, Stage("lbfgs", iterations, tolerance), on_progress=report)
     losses = np.asarray(found.values)
     if not np.any(np.isfinite(losses)):
         raise ValueError("the goals are finite at no starting point; start from other samples.")
@@ -183,7 +184,7 @@ def judged(
     return tuple(float(goal.value(Play(system.levels, hardware, waveform, states))) for goal in goals)
 
 
-class _Problem(eqx.Module):
+class Problem(eqx.Module):
     """All that the loss needs; limits, lengths and polynomials are static."""
 
     system: LevelSystem
@@ -201,25 +202,32 @@ class _Problem(eqx.Module):
         parts = 1 if self.hardware.real_only else 2
         return parts, self.hardware.raw_samples(self.samples), self.hardware.channels
 
+    @property
+    def stride(self) -> float:
+        """Raw numbers a unit of the optimizer: with it the slope of a smooth change does not fall with the samples.
+
+        Without it first steps are so short that a search is slow, and later leaps to the rim of full scale, where
+        the bijector has no slope and searches end early.
+        """
+        return math.sqrt(self.shape[1])
+
     def starting_points(self, start: Waveform | None, count: int, seed: int) -> Float[np.ndarray, "starts numbers"]:
         """Random raw numbers about a level of each channel, after those of the given waveform."""
         rng, lasers = np.random.default_rng(seed), 0 if self.tuning is None else len(self.tuning.slopes)
         rows = []
         if start is not None:
-            raw = self.hardware.unconstrained(start)
-            rows.append(
-                np.concatenate([np.stack([part for part in raw if part is not None]).ravel(), np.zeros(lasers)])
-            )
+            raw = np.stack([part for part in self.hardware.unconstrained(start) if part is not None])
+            rows.append(np.concatenate([raw.ravel() / self.stride, np.zeros(lasers)]))
         parts, _, channels = self.shape
         for _ in range(count):
             level = rng.normal(size=(parts, 1, channels))
             raw = level + 0.5 * rng.normal(size=self.shape)
-            rows.append(np.concatenate([raw.ravel(), 0.1 * rng.normal(size=lasers)]))
+            rows.append(np.concatenate([raw.ravel() / self.stride, 0.1 * rng.normal(size=lasers)]))
         return np.stack(rows)
 
     def waveform(self, point: Float[Array, " numbers"]) -> Waveform:
         """The allowed samples of a point."""
-        parts = point[: int(np.prod(self.shape))].reshape(self.shape)
+        parts = self.stride * point[: int(np.prod(self.shape))].reshape(self.shape)
         return self.hardware.allowed(parts[0], None if self.hardware.real_only else parts[1])
 
     def offsets_hz(self, point: Float[Array, " numbers"]) -> Float[Array, " lasers"] | None:
@@ -247,7 +255,16 @@ class _Problem(eqx.Module):
         return Play(system.levels, self.hardware, waveform, states)
 
 
-def _problem(system, hardware, terms, samples, tuning, oversampling, error) -> _Problem:
+def posed(
+    system: LevelSystem,
+    hardware: Hardware,
+    terms: tuple[Weighted, ...],
+    samples: int,
+    tuning: Tuning | None = None,
+    oversampling: int = 1,
+    error: float = 1e-12,
+) -> Problem:
+    """The problem of `steer`, whose arguments these are, for those who run the search themselves."""
     shares = np.eye(hardware.channels)
     if hardware.mixing_real is not None or hardware.mixing_imag is not None:
         parts = [np.abs(np.asarray(p)) for p in (hardware.mixing_real, hardware.mixing_imag) if p is not None]
@@ -259,7 +276,7 @@ def _problem(system, hardware, terms, samples, tuning, oversampling, error) -> _
         taylor(largest_action(system, largest, hardware.sample_s / oversampling, pure=pure), error)
         for pure in (False, True)
     )
-    return _Problem(system, hardware, terms, tuning, samples, oversampling, *rules)
+    return Problem(system, hardware, terms, tuning, samples, oversampling, *rules)
 
 
 def _tuned(system: LevelSystem, tuning: Tuning | None, offsets_hz: Float[Array, " lasers"] | None) -> LevelSystem:
@@ -285,7 +302,7 @@ def _density_of_kets(state: Float[Array, "... components"], n: int) -> Float[Arr
     return jnp.concatenate([re**2 + im**2, jnp.stack([real, imag], axis=-1).reshape(*real.shape[:-1], -1)], axis=-1)
 
 
-def _goal_values(problem: _Problem, point) -> list[Float[Array, ""]]:
+def _goal_values(problem: Problem, point) -> list[Float[Array, ""]]:
     play = problem.play(point)
     return [term.goal.value(play) for term in problem.terms]
 
@@ -293,7 +310,8 @@ def _goal_values(problem: _Problem, point) -> list[Float[Array, ""]]:
 _values = eqx.filter_jit(_goal_values)
 
 
-def _loss(point: Float[Array, " numbers"], problem: _Problem, each) -> Float[Array, ""]:
+def loss(point: Float[Array, " numbers"], problem: Problem, each) -> Float[Array, ""]:
+    """The weighted sum of the goals at a point."""
     del each
     values = _goal_values(problem, point)
     return sum((term.weight * v for term, v in zip(problem.terms, values, strict=True)), jnp.zeros(()))

@@ -114,8 +114,10 @@ def ladder(detuning_2_hz=0.0) -> LevelSystem:
 def best_on_the_ladder(rabi_hz: float, end: str, window_s: float, samples: int = 20) -> float:
     """Largest population of a level at the end, from s, under a bound on the second line."""
     limits = hardware(full=2 * math.pi * rabi_hz, sample_s=window_s / samples)
-    half = Waveform(np.full((samples, 2), 0.7 * 2 * math.pi * rabi_hz), np.zeros((samples, 2)), limits.sample_s)
-    return 1 - steer(ladder(), limits, StateTransfer("s", end), samples, start=half, starts=2).recomputed[0]
+    # Line 1 would take the ion back to v.
+    light = 0.9 * np.asarray(limits.largest_rad_s) * np.array([0.0, 1.0]) * np.ones((samples, 1))
+    constant = Waveform(light, np.zeros_like(light), limits.sample_s)
+    return 1 - steer(ladder(), limits, StateTransfer("s", end), samples, start=constant, starts=2).recomputed[0]
 
 
 # Rabi limit of the second line in Hz, and a window in which the largest population of m is reached.
@@ -171,10 +173,10 @@ def test_gradients_through_everything(system, names):
     limits = hardware(real_only=False, bandwidth_hz=300e3, attenuation_db=40.0, rise_s=0.5e-6,
                       mixing_real=np.array([[1, 0.1], [0.05, 1]]))  # fmt: skip
     terms = tuple(steering.Weighted(goal) for goal in map(GOALS.get, names))
-    problem = steering._problem(system, limits, terms, 30, Tuning(LAMBDA.slopes, 4e3), 2, 1e-13)
+    problem = steering.posed(system, limits, terms, 30, Tuning(LAMBDA.slopes, 4e3), 2, 1e-13)
     point = jnp.asarray(problem.starting_points(None, 1, 3)[0])
     values = jax.jit(lambda p: jnp.stack(steering._goal_values(problem, p)))
-    along = jnp.asarray(np.random.default_rng(0).normal(size=point.shape))
+    along = jnp.asarray(np.random.default_rng(0).normal(size=point.shape) / problem.stride)
     steps = [values(point + h * along) for h in (2e-3, 1e-3, -1e-3, -2e-3)]
     differences = (8 * (steps[1] - steps[2]) - (steps[0] - steps[3])) / 12e-3
     slopes = jax.jacrev(values)(point) @ along
@@ -188,7 +190,7 @@ def test_the_dense_solve_agrees_with_the_engine(system):
     limits = hardware(real_only=False, rise_s=0.5e-6)
     tuning = Tuning(LAMBDA.slopes, 4e3)
     terms = tuple(steering.Weighted(goal) for goal in GOALS.values())
-    problem = steering._problem(system, limits, terms, 30, tuning, 2, 1e-13)
+    problem = steering.posed(system, limits, terms, 30, tuning, 2, 1e-13)
     point = jnp.asarray(problem.starting_points(None, 1, 5)[0])
     other = judged(system, limits, list(GOALS.values()), problem.waveform(point), tuning=tuning,
                    offsets_hz=problem.offsets_hz(point), oversampling=2)  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from experiments.benchmarks import loops, trajectories
+from experiments.benchmarks import loops, steering, trajectories
 
 WORKS = {
     "B1": trajectories.batch,
@@ -16,10 +16,11 @@ WORKS = {
     "B5": loops.growth,
     "B6": loops.closed_form,
     "B7": trajectories.floor,
+    "B8": steering.transfer,
     "loop": trajectories.loop,
 }
-# B4 takes minutes whatever its size, B5 starts processes of its own; the loop was decided once.
-_NOT_QUICK = ("B4", "B5", "loop")
+# B4 takes minutes whatever its size, B5 and B8 start processes of their own; the loop was decided once.
+_NOT_QUICK = ("B4", "B5", "B8", "loop")
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent.parent / "README.md"
