@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from calibration.parameters import anchored
+from calibration.targets import Playing
 from twin.closed_form import set_area
 from twin.dynamics import StaticGrid
 from twin.loop import Settings
@@ -26,7 +27,6 @@ from twin.planning import forward_mode, planned
 from twin.sampled import SampledIon, sampled
 from twin.waveform import Waveform
 
-Playing = IonMemristor | SampledIon
 Offsets = tuple[float | Array, float | Array]
 Curve = Callable[[Float[Array, " lanes"]], Float[Array, " lanes"]]
 # Points between zero area and the largest among which the first turning point is looked for.

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from calibration.area_inverse import Inverse, Playing, invert, laid, plain_areas, signal_at
+from calibration.area_inverse import Inverse, invert, laid, plain_areas, signal_at
 from calibration.parameters import with_parameters
+from calibration.targets import Playing
 from twin.dynamics import Adaptive
 from twin.memristor import ClosedForm, IonMemristor
 from twin.sampled import SampledIon

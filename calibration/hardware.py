@@ -1,9 +1,9 @@
 """What a waveform generator and an acousto-optic modulator allow, as transforms with gradients.
 
-An optimizer moves unconstrained real numbers; `Hardware.allowed` maps them smoothly to samples within all limits: a
-bijector of the plane onto an open disc, then a smoothing kernel (`calibration.smoothing`) that keeps the disc and adds
-the slew limit and the band limit. Nothing is clipped, and the limits hold for every raw number, also after the samples
-are rounded to the converter's levels. All of it needs 64-bit JAX: `_ROUNDING` below is the room left for rounding.
+An optimizer moves unconstrained real numbers; `Hardware.allowed` maps them smoothly to samples within all limits: the
+plane folded onto a disc, then a smoothing kernel (`calibration.smoothing`) that keeps the disc and adds the slew limit
+and the band limit. Nothing is clipped, and the limits hold for every raw number, also after the samples are rounded to
+the converter's levels. All of it needs 64-bit JAX: `_ROUNDING` below is the room left for rounding.
 """
 
 import math
@@ -22,7 +22,7 @@ from twin.waveform import Waveform, convolved
 
 # Room for the rounding of floating-point sums, relative to full scale.
 _ROUNDING = 1e-12
-_FAIR_SHARE = 0.99  # of the disc, for starting points: at its rim the bijector has no slope
+_FAIR_SHARE = 0.99  # of the disc, for starting points: at its rim the fold has no slope
 _LANDWEBER_STEPS = 300
 _PADDING = 8  # zeros behind the samples, in their number, so that a spectrum is seen between the DFT frequencies too
 
@@ -134,8 +134,9 @@ class Hardware(eqx.Module):
     ) -> Waveform:
         """The waveform of unconstrained numbers: within all limits, before and after `quantized`.
 
-        `Omega = A (h * w)` with `w = z / sqrt(1 + |z|^2)`, raw numbers z, and h the nonnegative kernel of unit sum.
-        The slew limit is reached where z swings from one rim of the disc to the other.
+        `Omega = A (h * w)` with `w = z sin|z| / |z|`, raw numbers z, and h the nonnegative kernel of unit sum. The
+        plane is folded onto the disc, so that its rim, where the best pulses often lie, is not infinitely far: a search
+        goes over it and back. The slew limit is reached where z swings from one rim of the disc to the other.
 
         Args:
             raw_real, raw_imag: shape (raw samples, channels, *batch), any finite numbers; the imaginary part is given
@@ -158,13 +159,8 @@ class Hardware(eqx.Module):
                 "`raw_imag` must be None if and only if the hardware is `real_only`; "
                 + ("leave it out." if self.real_only else "give the imaginary part too.")
             )
-        # Scaled before squaring: the disc does not depend on the scale, so that this constant keeps the derivative.
-        largest = jnp.abs(raw_real) if raw_imag is None else jnp.maximum(jnp.abs(raw_real), jnp.abs(raw_imag))
-        scale = jax.lax.stop_gradient(jnp.maximum(1.0, largest))
-        parts = [None if raw is None else raw / scale for raw in (raw_real, raw_imag)]
-        modulus = jnp.sqrt(scale**-2 + sum(part**2 for part in parts if part is not None))
         bound = self._columns(self._disc_rad_s, raw_real.ndim)
-        real, imag = (None if part is None else self._smoothed(bound * part / modulus) for part in parts)
+        real, imag = (None if part is None else self._smoothed(bound * part) for part in _folded(raw_real, raw_imag))
         return Waveform(real, jnp.zeros_like(real) if imag is None else imag, self.sample_s, start_s)
 
     def unconstrained(
@@ -197,7 +193,8 @@ class Hardware(eqx.Module):
 
         zero = jnp.zeros((2, raws, *target.shape[2:]))
         disc = jax.lax.fori_loop(0, _LANDWEBER_STEPS, step, (zero, zero, jnp.ones(())))[0]
-        raw = disc / jnp.sqrt(1 - disc[0] ** 2 - disc[1] ** 2)
+        modulus = jnp.hypot(disc[0], disc[1])
+        raw = disc * jnp.where(modulus > 0, jnp.arcsin(modulus) / jnp.where(modulus > 0, modulus, 1.0), 1.0)
         return raw[0], None if self.real_only else raw[1]
 
     def quantized(self, waveform: Waveform, *, straight_through: bool = False) -> Waveform:
@@ -354,6 +351,19 @@ class Hardware(eqx.Module):
                 f"`sample_s` of the waveform is {np.ravel(waveform.sample_s)[0]:g}, but that of the hardware "
                 f"{self.sample_s:g}; sample the waveform on the hardware's clock."
             )
+
+
+def _folded(real: Float[Array, "..."], imag: Float[Array, "..."] | None) -> tuple[Array, Array | None]:
+    """`z sin|z| / |z|` of the plane, `sin z` of the line."""
+    if imag is None:
+        return jnp.sin(real), None
+    # Scaled before squaring; the modulus does not depend on the scale, so that this constant keeps the derivative.
+    scale = jax.lax.stop_gradient(jnp.maximum(1.0, jnp.maximum(jnp.abs(real), jnp.abs(imag))))
+    square = (real / scale) ** 2 + (imag / scale) ** 2
+    middle = square == 0
+    modulus = scale * jnp.sqrt(jnp.where(middle, 1.0, square))
+    ratio = jnp.where(middle, 1.0, jnp.sin(modulus) / modulus)
+    return real * ratio, imag * ratio
 
 
 def _rounded(part: Float[Array, "..."], full: Float[Array, "..."], codes: int) -> Float[Array, "..."]:

@@ -6,7 +6,6 @@ several random starts, the best of which counts.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -202,32 +201,23 @@ class Problem(eqx.Module):
         parts = 1 if self.hardware.real_only else 2
         return parts, self.hardware.raw_samples(self.samples), self.hardware.channels
 
-    @property
-    def stride(self) -> float:
-        """Raw numbers a unit of the optimizer: with it the slope of a smooth change does not fall with the samples.
-
-        Without it first steps are so short that a search is slow, and later leaps to the rim of full scale, where
-        the bijector has no slope and searches end early.
-        """
-        return math.sqrt(self.shape[1])
-
     def starting_points(self, start: Waveform | None, count: int, seed: int) -> Float[np.ndarray, "starts numbers"]:
         """Random raw numbers about a level of each channel, after those of the given waveform."""
         rng, lasers = np.random.default_rng(seed), 0 if self.tuning is None else len(self.tuning.slopes)
         rows = []
         if start is not None:
             raw = np.stack([part for part in self.hardware.unconstrained(start) if part is not None])
-            rows.append(np.concatenate([raw.ravel() / self.stride, np.zeros(lasers)]))
+            rows.append(np.concatenate([raw.ravel(), np.zeros(lasers)]))
         parts, _, channels = self.shape
         for _ in range(count):
             level = rng.normal(size=(parts, 1, channels))
             raw = level + 0.5 * rng.normal(size=self.shape)
-            rows.append(np.concatenate([raw.ravel() / self.stride, 0.1 * rng.normal(size=lasers)]))
+            rows.append(np.concatenate([raw.ravel(), 0.1 * rng.normal(size=lasers)]))
         return np.stack(rows)
 
     def waveform(self, point: Float[Array, " numbers"]) -> Waveform:
         """The allowed samples of a point."""
-        parts = self.stride * point[: int(np.prod(self.shape))].reshape(self.shape)
+        parts = point[: int(np.prod(self.shape))].reshape(self.shape)
         return self.hardware.allowed(parts[0], None if self.hardware.real_only else parts[1])
 
     def offsets_hz(self, point: Float[Array, " numbers"]) -> Float[Array, " lasers"] | None:

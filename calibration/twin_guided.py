@@ -22,8 +22,9 @@ from jaxtyping import Array, Float
 from scipy.optimize import least_squares
 
 from calibration.closed_loop import AbstractSearch, Round, box_of, start_share
-from calibration.control import COMMANDS, apply_commands, disobedience
+from calibration.control import COMMANDS, apply_commands
 from calibration.parameters import anchored
+from calibration.targets import disobedience
 from twin.dynamics import StaticGrid
 from twin.memristor import ClosedForm, IonMemristor
 from twin.planning import forward_mode, planned

@@ -22,6 +22,7 @@ SAMPLE_S = 1e-7
 FULL = (2e6, 5e5)  # rad/s
 # The slew of a swing across full scale in 25 and in 10.4 samples.
 HARDWARE = Hardware(SAMPLE_S, FULL, (2 * FULL[0] / 25 / SAMPLE_S, 2 * FULL[1] / 10.4 / SAMPLE_S))
+RIM = np.pi / 2  # modulus of raw numbers at the rim of the disc
 BANDED = dataclasses.replace(HARDWARE, bandwidth_hz=1e6, attenuation_db=50.0, bits=14)
 
 
@@ -97,9 +98,11 @@ def test_the_worst_swing_stays_within_the_slew_after_rounding(bits, real_only, s
     hardware = Hardware(1.0, (1.0,), (share + 1.5 * lsb,), real_only=real_only, bits=bits)
     half = len(hardware.allowed(jnp.zeros((1, 1)), None if real_only else jnp.zeros((1, 1))).real_rad_s)
     # Every phase of the swing against the levels, and every direction.
-    scale = jnp.linspace(3.0, 1e5, 40)
+    scale = jnp.linspace(1.2, RIM, 40)
     swing = jnp.concatenate([-jnp.ones((half, 1, 1)), jnp.ones((half, 1, 1))]) * scale
-    turned = None if real_only else swing * jnp.linspace(-2.0, 2.0, 40)
+    angle = 0.0 if real_only else jnp.linspace(-1.5, 1.5, 40)
+    turned = None if real_only else swing * jnp.sin(angle)
+    swing = swing * jnp.cos(angle)
     assert excess(hardware, hardware.quantized(hardware.allowed(swing, turned))) <= 1e-12
 
 
@@ -107,7 +110,7 @@ def test_the_worst_swing_stays_within_the_slew_after_rounding(bits, real_only, s
 def test_tones_in_the_stop_band_just_keep_the_attenuation(bits):
     hardware = Hardware(1.0, (1.0,), (math.inf,), bandwidth_hz=0.2, attenuation_db=40.0, bits=bits)
     tones = 2 * np.pi * np.outer(np.arange(150), np.linspace(0.2, 0.5, 61))[:, None]
-    waveform = hardware.allowed(jnp.asarray(1e6 * np.cos(tones)), jnp.asarray(1e6 * np.sin(tones)))
+    waveform = hardware.allowed(jnp.asarray(RIM * np.cos(tones)), jnp.asarray(RIM * np.sin(tones)))
     assert -0.25 - 0.5 * (bits is not None) < excess(hardware, waveform) <= 1e-12
     assert excess(hardware, hardware.quantized(waveform)) <= 1e-12
     assert hardware.violations(hardware.quantized(waveform))["stop_band_db"] == 0
@@ -118,12 +121,12 @@ def test_rounding_has_its_share_of_the_stop_band():
     for edge in (0.3, 0.4, 0.45):
         hardware = Hardware(1.0, (1.0,), (math.inf,), edge, 17.7, real_only=True, bits=4)
         tones = 2 * np.pi * np.outer(np.arange(150), np.linspace(edge, 0.5, 61))[:, None]
-        assert excess(hardware, hardware.quantized(hardware.allowed(jnp.asarray(1e6 * np.cos(tones))))) <= 1e-12
+        assert excess(hardware, hardware.quantized(hardware.allowed(jnp.asarray(np.arcsin(np.cos(tones)))))) <= 1e-12
 
 
 def test_bang_bang_reaches_full_scale_and_the_slew_limit():
     for hardware in (HARDWARE, dataclasses.replace(HARDWARE, real_only=True)):
-        raw = jnp.concatenate([jnp.full((80, 2), -1e3), jnp.full((80, 2), 1e3)])
+        raw = jnp.concatenate([jnp.full((80, 2), -RIM), jnp.full((80, 2), RIM)])
         waveform = hardware.allowed(raw, None if hardware.real_only else jnp.zeros_like(raw))
         full, slew = np.asarray(FULL), np.asarray(hardware.slew_rad_s2)
         np.testing.assert_array_less(0.999 * full, waveform.peak_rad_s)
@@ -134,7 +137,7 @@ def test_bang_bang_reaches_full_scale_and_the_slew_limit():
 
 def test_full_scale_is_a_level():
     hardware = Hardware(SAMPLE_S, FULL, (math.inf, math.inf), real_only=True, bits=5)
-    rounded = hardware.quantized(hardware.allowed(jnp.full((4, 2), 1e9)))
+    rounded = hardware.quantized(hardware.allowed(jnp.full((4, 2), RIM)))
     np.testing.assert_array_equal(rounded.peak_rad_s, FULL)
 
 
@@ -145,7 +148,9 @@ def test_no_limit_but_the_disc_costs_no_time(zero_ends):
     waveform = free.allowed(real, imag)
     assert waveform.samples == 7 + 2 * zero_ends
     inner = waveform.real_rad_s[1:-1] if zero_ends else waveform.real_rad_s
-    np.testing.assert_allclose(inner, np.asarray(FULL) * real / np.sqrt(1 + real**2 + imag**2), rtol=1e-11)
+    np.testing.assert_allclose(
+        inner, np.asarray(FULL) * real * np.sinc(np.hypot(real, imag) / np.pi), rtol=1e-11, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("edge_cycles", [0.45, 0.21, 0.02])
@@ -186,7 +191,7 @@ def test_gradient_of_allowed(size):
 
 def test_gradient_stays_finite_for_huge_numbers():
     loss = lambda raw: jnp.sum(HARDWARE.allowed(raw, raw).real_rad_s ** 2)
-    assert np.all(np.isfinite(jax.grad(loss)(jnp.full((3, 2), 1e300))))
+    assert np.all(np.isfinite(jax.grad(loss)(jnp.full((3, 2), 1e100))))
 
 
 def test_a_waveform_at_rest_has_finite_gradients():
