@@ -11,7 +11,7 @@ import pytest
 
 from twin.levels import SCHEMES
 from twin.master_equation import unpack_density
-from twin.slices import Slices, Taylor, largest_action, propagate, taylor
+from twin.slices import Dense, Slices, Taylor, largest_action, propagate, taylor
 
 SLICES, LENGTH_S = 7, 9e-6
 CLOSED = {"detuning_1_hz": 4e3, "detuning_2_hz": -2.5e3}
@@ -57,13 +57,15 @@ def driven(scheme: str, one: complex, two: complex) -> tuple[complex, complex]:
                  for z, pair in zip((one, two), couplings, strict=True))  # fmt: skip
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["taylor", "dense"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("noise", [CLOSED, NOISE], ids=["closed", "open"])
-def test_every_slice_against_matrix_exponentials(scheme, noise):
+def test_every_slice_against_matrix_exponentials(scheme, noise, dense):
     real, imag = drives()
     graph = system(scheme, **noise)
     start = np.asarray(oracle.op(oracle.LEVELS[scheme], SCHEMES[scheme].start, SCHEMES[scheme].start))
-    path = propagate(graph, Slices(real, imag, lengths()), start, rule_of(graph, real, imag), saved=True)
+    rule = Dense() if dense else rule_of(graph, real, imag)
+    path = propagate(graph, Slices(real, imag, lengths()), start, rule, saved=True)
     expected = exact(scheme, noise, real, imag)
     got = np.stack([unpack_density(state, len(expected[0])) for state in path.state])
     np.testing.assert_allclose(got, expected, atol=1e-11)

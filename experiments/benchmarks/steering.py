@@ -39,6 +39,7 @@ _GOAL = StateTransfer("v", "m")
 # Peers get microseconds, and controls in units of their bound.
 _UNIT_S = 1e-6
 _ITERATIONS = [1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 256, 512, 1024]
+_NEAR = 1.15
 _QOC = "IONTWIN_QOC_PYTHON"
 
 
@@ -75,31 +76,27 @@ def _of_kind(kind: str, count: int, seconds: float) -> list[Result]:
         name: [[(elapsed, judge(samples)) for elapsed, samples in search.path] for search in some]
         for name, some in searches.items()
     }
-    thresholds = [1e-3, 1e-6]
-    if kind == "open":
-        thresholds = [1.05 * min(error for some in curves.values() for curve in some for _, error in curve)]
-    rows = []
-    for name, some in searches.items():
-        # Later starts find the compiled program of the first one.
-        rate, setup = median(search.evaluations_per_s for search in some), max(search.setup_s for search in some)
-        note = f"{_about(name)}ready in {setup:.1f} s"
-        rows.append(Result(f"B8 {kind} transfer", name, rate, "evaluations/s", None, 1 / rate, note))
-    rows.append(_whole_call(kind))
-    for threshold in thresholds:
-        rows += [_reached(kind, name, some, threshold, seconds) for name, some in curves.items()]
-    return rows
+    # Of the open problem nobody knows the optimum, and searches end in local ones: near the best that any engine found.
+    best = min(error for some in curves.values() for curve in some for _, error in curve)
+    threshold = _NEAR * best if kind == "open" else 1e-6
+    rows = [_reached(kind, name, some, curves[name], threshold, seconds) for name, some in searches.items()]
+    return [*rows, _whole_call(kind)]
 
 
-def _reached(kind: str, name: str, curves: list, threshold: float, seconds: float) -> Result:
+def _reached(kind: str, name: str, some: list[Search], curves: list, threshold: float, seconds: float) -> Result:
     """Median time to a threshold; starts that do not reach it count as the whole time."""
     times = [min((t for t, error in curve if error <= threshold), default=math.inf) for curve in curves]
     held = lambda within: median(min([error for t, error in curve if t <= within] or [1.0]) for curve in curves)
     count = sum(map(math.isfinite, times))
     middle = median(min(t, seconds) for t in times)
-    after = ", ".join(f"after {within:g} s {held(within):.1e}" for within in (1.0, seconds))
-    note = f"{count} of {len(curves)} starts reach it; infidelity {after}"
+    rate = median(search.evaluations_per_s for search in some)
+    after = ", ".join(f"{abs(held(within)):.1e} after {within:g} s" for within in (1.0, seconds))
+    # Later starts find the compiled program of the first one.
+    ready = max(search.setup_s for search in some)
+    note = f"{rate:,.0f} evaluations/s; {count} of {len(curves)} starts; {after}; {_about(name)}ready in {ready:.1f} s"
     unit = "s" if count > len(curves) / 2 else "s, not reached"
-    return Result(f"B8 {kind} transfer to infidelity {threshold:.3g}", name, middle, unit, held(seconds), middle, note)
+    work = f"B8 {kind} transfer to {threshold:.3g}"
+    return Result(work, name, middle, unit, abs(held(seconds)), middle, note)
 
 
 def _whole_call(kind: str) -> Result:
@@ -112,7 +109,8 @@ def _whole_call(kind: str) -> Result:
     call()
     seconds = time.perf_counter() - began
     note = f"to its end from one start; {first.iterations} evaluations"
-    return Result(f"B8 {kind} transfer", "twin, steer(), whole call", seconds, "s", first.recomputed[0], seconds, note)
+    error = abs(first.recomputed[0])
+    return Result(f"B8 {kind} transfer", "twin, steer(), whole call", seconds, "s", error, seconds, note)
 
 
 def _about(name: str) -> str:
@@ -125,7 +123,7 @@ def _about(name: str) -> str:
 
 
 def _engines() -> dict[str, Callable[[str, np.ndarray, float], Search]]:
-    engines: dict[str, Callable] = {"twin, L-BFGS": partial(_twin, 0), "twin, L-BFGS, 7 more starts": partial(_twin, 7)}
+    engines: dict[str, Callable] = {"twin, L-BFGS": _twin}
     for algorithm in ("GRAPE", "CRAB", "JOPT"):
         engines[f"QuTiP-QOC {algorithm}"] = partial(_qutip_qoc, algorithm)
     for optimizer in ("L-BFGS", "Adam"):
@@ -200,12 +198,12 @@ def _rate(value_and_gradient: Callable, point) -> float:
     return 1 / median(_timed(lambda: value_and_gradient(point))[0] for _ in range(30))
 
 
-def _twin(more: int, kind: str, start: np.ndarray, seconds: float) -> Search:
-    """The optimizer of `steer` from the given samples, and from random ones besides."""
+def _twin(kind: str, start: np.ndarray, seconds: float) -> Search:
+    """The optimizer of `steer` from the given samples."""
     limits = _limits(_SLICES)
     problem = steering.posed(_graph(kind), limits, (Weighted(_GOAL),), _SLICES)
     waveform = Waveform(_FULL_RAD_S * start, np.zeros_like(start), limits.sample_s)
-    points = jnp.asarray(problem.starting_points(waveform, more, 0))
+    points = jnp.asarray(problem.starting_points(waveform, 0, 0))
 
     def run(iterations: int):
         found = minimize(steering.loss, problem, points, Stage("lbfgs", iterations, 1e-15), chunk=iterations)
