@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from calibration.parameters import anchored
-from calibration.targets import Playing
+from calibration.targets import Playing, ion_of
 from twin.closed_form import set_area
 from twin.dynamics import StaticGrid
 from twin.loop import Settings
@@ -29,6 +29,10 @@ from twin.waveform import Waveform
 
 Offsets = tuple[float | Array, float | Array]
 Curve = Callable[[Float[Array, " lanes"]], Float[Array, " lanes"]]
+# Parameters that make a slice harder to solve as they grow, or as they shrink.
+_SHORT_IS_WORSE = ("lifetime_s", "m_lifetime_s")
+_WORST = ("rabi_scale_1", "rabi_scale_2", "tail_s", "laser_linewidth_hz", "laser_linewidth_1_hz",
+          "laser_linewidth_2_hz", *_SHORT_IS_WORSE)  # fmt: skip
 # Points between zero area and the largest among which the first turning point is looked for.
 _SCAN = 24
 _HALVINGS, _STEPS, _STANDS_RAD = 44, 60, 1e-13
@@ -58,7 +62,7 @@ def plain_areas(
     device: Playing, x_set: Float[Array, "..."], r_set: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """What the controller commands without a map, rad: 2 asin sqrt(x_set) (V: 2 acos), 2 asin sqrt(r_set)."""
-    return set_area(x_set if _ion(device).start == "v" else 1 - x_set), set_area(r_set)
+    return set_area(x_set if ion_of(device).start == "v" else 1 - x_set), set_area(r_set)
 
 
 def signal_at(
@@ -67,7 +71,7 @@ def signal_at(
 ) -> Float[Array, " lanes"]:  # fmt: skip
     """Population of s for commanded areas, rad, pi being full command today; areas beyond it are allowed."""
     # Full command at another amplitude: a set point ends at pi, an amplitude does not.
-    ion = _ion(device)
+    ion = ion_of(device)
     shares = {"amplitude_1": ion.amplitude_1 * theta_1 / math.pi, "amplitude_2": ion.amplitude_2 * theta_2 / math.pi}
     full = jnp.ones(theta_1.shape)
     playing = _with_ion(device, dataclasses.replace(ion, **shares))
@@ -92,16 +96,16 @@ def laid(
     """
     boxes, reach = dict(boxes or {}), largest_rad / math.pi
     offset_hz = max(abs(float(offset)) for offset in offsets_hz)
-    ion = cast(IonMemristor, anchored(_ion(device)))
+    ion = cast(IonMemristor, anchored(ion_of(device)))
     louder = {name: reach * getattr(ion, name) for name in ("amplitude_1", "amplitude_2")}
     if isinstance(device, SampledIon):
-        scales = {name: boxes[name][1] for name in ("rabi_scale_1", "rabi_scale_2") if name in boxes}
+        worst = {name: box[0 if name in _SHORT_IS_WORSE else 1] for name, box in boxes.items() if name in _WORST}
         off_hz = [abs(edge - float(getattr(ion, name))) for name in ("detuning_1_hz", "detuning_2_hz")
                   for edge in boxes.get(name, ())]  # fmt: skip
         real = device.imag_rad_s is None
         imag = jnp.zeros_like(device.real_rad_s) if device.imag_rad_s is None else device.imag_rad_s
         roomy = sampled(
-            dataclasses.replace(ion, **louder, **scales), Waveform(device.real_rad_s, imag, device.slice_s),
+            dataclasses.replace(ion, **louder, **worst), Waveform(device.real_rad_s, imag, device.slice_s),
             alone_slices=device.alone_slices, largest_hz=offset_hz + max(off_hz, default=0.0), error=error,
             real_only=real,
         )  # fmt: skip
@@ -166,7 +170,7 @@ def _areas_jvp(primals, tangents):
 
 def _found(device: Playing, offsets_hz: Offsets, x_set, r_set, largest_rad):
     """Areas of pulse 1 for each input, for inputs that are not small, and of pulse 2 for these; where they ended."""
-    rises = _ion(device).start == "v"
+    rises = ion_of(device).start == "v"
     low_x = jnp.maximum(x_set, _SMALL_X)
     curve = _first(device, offsets_hz)
     top = _turning_point(curve, jnp.zeros(1), rises, largest_rad)
@@ -255,10 +259,6 @@ def _implicit(curve: Curve, theta, place, wanted) -> Float[Array, " lanes"]:
     inner = moved(value - wanted, jnp.where(place == _INNER, slope, 1.0))
     turning = moved(slope, jnp.where(turns, curvature, 1.0))
     return theta + jnp.where(place == _INNER, inner, jnp.where(turns, turning, 0.0))
-
-
-def _ion(device: Playing) -> IonMemristor:
-    return device.ion if isinstance(device, SampledIon) else device
 
 
 def _with_ion(device: Playing, ion: IonMemristor) -> Playing:

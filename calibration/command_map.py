@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from calibration.area_inverse import Inverse, invert, laid, plain_areas, signal_at
 from calibration.parameters import with_parameters
-from calibration.targets import Playing
+from calibration.targets import Playing, ion_of
 from twin.dynamics import Adaptive
 from twin.memristor import ClosedForm, IonMemristor
 from twin.sampled import SampledIon
@@ -151,11 +151,11 @@ def command_map(
     for name, values in drawn.items():
         if values.size == 0 or not np.all(np.isfinite(values)):
             raise ValueError(f"`draws` of {name} must be finite numbers, but are {values}; leave out what is not.")
-        if not hasattr(_ion(device), name):
+        if not hasattr(ion_of(device), name):
             raise ValueError(f"`{name}` is no parameter of the ion; draw what a calibration frees.")
     boxes = {name: (float(values.min()), float(values.max())) for name, values in drawn.items()}
     boxes = {name: (min(low, now), max(high, now)) for name, (low, high) in boxes.items()
-             for now in [float(getattr(_ion(device), name))]}  # fmt: skip
+             for now in [float(getattr(ion_of(device), name))]}  # fmt: skip
     roomy = laid(device, offsets, largest_rad=largest_rad, boxes=boxes, error=error)
     x = _commands(points)
     found = _inverted(roomy, x, offsets, largest_rad)
@@ -325,7 +325,3 @@ def _with(device: Playing, values) -> Playing:
     if isinstance(device, SampledIon):
         return dataclasses.replace(device, ion=cast(IonMemristor, with_parameters(device.ion, values)))
     return cast(IonMemristor, with_parameters(device, values))
-
-
-def _ion(device: Playing) -> IonMemristor:
-    return device.ion if isinstance(device, SampledIon) else device

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from calibration._minimize import Progress, Stage, minimize
-from calibration.parameters import FreeParameters, anchored, unit_of
+from calibration.parameters import FreeParameters, anchored, unit_of, value_of
 from calibration.robust import Robust
 from calibration.targets import AbstractTarget
 from calibration.uncertainty import at_edge
@@ -111,10 +111,15 @@ def optimize(
     offset = max((max(abs(v) for v in bounds[n]) for n in _SET if n in bounds), default=0.0)
     box = {name: _actual(device, name, box) for name, box in free.boxes.items() if name not in _SET}
     if isinstance(target, Robust):
-        box |= target.box(device)
+        for name, (low, high) in target.box(device).items():
+            now = float(value_of(device, name))
+            least, most = box.get(name, (now, now))
+            box[name] = (least + low - now, most + high - now)  # changes are added to what is commanded
     # Planned for areas that do not grow with the width: the controller lowers the amplitude of a wider pulse.
     plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
-    plain = planned(plain, box, detuning_set_hz=offset, solves=target.solves)
+    # Each member is a device with solves of its own.
+    one = target.target if isinstance(target, Robust) else target
+    plain = planned(plain, box, detuning_set_hz=offset, solves=one.solves)
     method = plain.method
     if isinstance(method, StaticGrid):
         # All cycles of a target share pulse shapes and times.

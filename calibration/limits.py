@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from calibration.hardware import Hardware
 from calibration.robust import Robust, changed
-from calibration.shaping import Layout, Player, descend, on_hardware, rescored, shape
+from calibration.shaping import Layout, Player, descend, on_hardware, pair, rescored, shape
 from calibration.targets import AbstractTarget, LoopShape
 from twin.loop import run, sine_input
 from twin.memristor import IonMemristor, PhotonicMemristor
@@ -113,7 +113,7 @@ def value_of_recalibrating(
         point, offsets_hz: of the common pulses. count: members searched again, the first ones.
         iterations: most iterations of each search.
     """
-    offsets = tuple(jnp.asarray(offset, float) for offset in offsets_hz)
+    offsets = pair(offsets_hz)
     value = eqx.filter_jit(lambda target, player, point, offsets: target.value(player(point), offsets))
     common, own = [], []
     for k in range(count):
@@ -123,7 +123,7 @@ def value_of_recalibrating(
         tuned = (-float(ion.detuning_1_hz), -float(ion.detuning_2_hz))
         common.append(float(value(robust.target, member, jnp.asarray(point), offsets)))
         best, _, _ = descend(member, robust.target, jnp.asarray(point), tuned, iterations)
-        own.append(float(value(robust.target, member, best, tuple(jnp.asarray(f, float) for f in tuned))))
+        own.append(float(value(robust.target, member, best, pair(tuned))))
     return NotKnowing(np.array(common), np.array(own))
 
 
@@ -166,6 +166,6 @@ def robustness(
     })  # fmt: skip
     room = members.all_members(ion)
     device = on_hardware(ion, hardware, layout, waveform, error=1e-7, offsets_hz=offsets_hz, room_for=room)
-    offsets = tuple(jnp.asarray(offset, float) for offset in offsets_hz)
+    offsets = pair(offsets_hz)
     values = eqx.filter_jit(members.each)(device, offsets)
     return Robustness(power, detuning_hz, np.asarray(values).reshape(len(power), len(detuning_hz)))

@@ -151,13 +151,13 @@ def drawn_changes(
         # The argument of the root cannot be negative.
         factor = np.sqrt(np.maximum(1 + intensity_std * power, 0.0)) - 1
         for name in _RABI:
-            add(name, float(value_of(ion, name)) * factor)
+            add(name, (float(value_of(ion, name)) + total.get(name, 0.0)) * factor)
     if detuning_std_hz > 0:
         for name in _DETUNING:
             add(name, detuning_std_hz * frequency)
     if n_bar is not None:
         low, high = n_bar
-        add("n_bar", low + (high - low) * uniform[:, 2] - float(ion.n_bar))
+        total["n_bar"] = low + (high - low) * uniform[:, 2] - float(ion.n_bar)  # in place of the posterior's
     return {name: jnp.asarray(change) for name, change in total.items()}
 
 

@@ -137,13 +137,16 @@ def on_hardware(
     alone = layout.oversampling * layout.samples + around
     shares = np.eye(2) if hardware.mixing_real is None else np.abs(np.asarray(hardware.mixing_real))
     shares = shares + (0.0 if hardware.mixing_imag is None else np.abs(np.asarray(hardware.mixing_imag)))
-    largest = tuple(shares @ np.asarray(hardware.largest_rad_s))
+    # Samples from elsewhere may break the limits, and have phases that the hardware has not.
+    own = np.hypot(np.asarray(drives.real_rad_s), np.asarray(drives.imag_rad_s)).sum(axis=2).max(axis=0)
+    largest = tuple(np.maximum(shares @ np.asarray(hardware.largest_rad_s), own))
     laid = sampled(
         ion if room_for is None else room_for, drives, alone_slices=alone, largest_rad_s=largest, error=error,
-        real_only=_real(hardware), largest_hz=max(abs(offset) for offset in offsets_hz),
+        real_only=_real(hardware) and not np.any(drives.imag_rad_s),
+        largest_hz=max(abs(offset) for offset in offsets_hz),
     )  # fmt: skip
-    own = dataclasses.replace(ion, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
-    return laid if room_for is None else dataclasses.replace(laid, ion=own)
+    nominal = dataclasses.replace(ion, nominal_sigma_1_s=None, nominal_sigma_2_s=None)
+    return laid if room_for is None else dataclasses.replace(laid, ion=nominal)
 
 
 def shape(
@@ -199,7 +202,7 @@ def shape(
     return Shaped(
         status=status,
         before=before,
-        after=float(value(target, player, point, _pair(offsets_hz))),
+        after=float(value(target, player, point, pair(offsets_hz))),
         waveform=hardware.quantized(player.waveform(point)),
         start=hardware.quantized(player.waveform(first)),
         point=np.asarray(point),
@@ -267,7 +270,7 @@ def descend(
         return not reached()
 
     stage = Stage("lbfgs", iterations, _TOLERANCE)
-    args = (player, target, _pair(offsets_hz))
+    args = (player, target, pair(offsets_hz))
     found = minimize(_loss, args, point[None], stage, on_progress=report, go_on=go_on)
     if not np.isfinite(found.values[0]):
         raise ValueError("the target is not finite at the starting pulses; start from others.")
@@ -291,7 +294,7 @@ def rescored(
     room = target.all_members(ion) if isinstance(target, Robust) else None
     device = on_hardware(ion, hardware, fine, waveform, offsets_hz=offsets_hz, room_for=room)
     exact = dataclasses.replace(device, rule=Dense(), error=_REFERENCE_ERROR)
-    return float(eqx.filter_jit(target.value)(exact, _pair(offsets_hz)))
+    return float(eqx.filter_jit(target.value)(exact, pair(offsets_hz)))
 
 
 def _lit(hardware: Hardware, layout: Layout, waveform: Waveform) -> Waveform:
@@ -311,5 +314,6 @@ def _loss(point: Float[Array, " numbers"], args, each) -> Float[Array, ""]:
     return target.loss(player(point), offsets)
 
 
-def _pair(offsets_hz: tuple[float, float]) -> tuple[Array, Array]:
+def pair(offsets_hz: tuple[float, float]) -> tuple[Array, Array]:
+    """Laser offsets as arrays."""
     return jnp.asarray(offsets_hz[0], float), jnp.asarray(offsets_hz[1], float)

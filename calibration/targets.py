@@ -7,7 +7,6 @@ errors, so that steps stay useful however small it gets; with a gain in it, the 
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from twin.closed_form import flat_root
 from twin.hysteresis import form_factor, signed_area
 from twin.loop import Loop, Settings, run, sine_input
 from twin.memristor import IonMemristor
@@ -25,6 +25,8 @@ from twin.sampled import SampledIon
 # Gauss-Legendre nodes a side over the commanded square; 12 change the rms of the demo device by less than 1e-6.
 _NODES = 10
 _ENVELOPE_POINTS = 201
+# An error of exactly zero has a logarithm all the same.
+_NOTHING = 1e-30
 _LOOPS = {
     "area": signed_area,
     "form_factor": form_factor,
@@ -75,7 +77,7 @@ class AbstractTarget(eqx.Module):
     def loss(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
         """What a search descends."""
         cost = self.cost(device, offsets)
-        return jnp.log(cost) if self.is_error else cost
+        return jnp.log(cost + _NOTHING) if self.is_error else cost
 
     def of_loss(self, loss: float) -> float:
         """The number that belongs to a loss."""
@@ -120,7 +122,7 @@ class Obedience(AbstractTarget):
 
     def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
         x, r, weight = Inputs.square() if self.inputs is None else self.inputs
-        return jnp.sqrt(jnp.sum(weight * disobedience(device, x, r, offsets) ** 2))
+        return flat_root(jnp.sum(weight * disobedience(device, x, r, offsets) ** 2))
 
 
 class LoopShape(AbstractTarget):
@@ -186,7 +188,7 @@ class LoopCurve(AbstractTarget):
 
     def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
         x, y = self.loop(device, offsets)
-        return jnp.sqrt(jnp.mean((x - self.x) ** 2 + (y - self.y) ** 2))
+        return flat_root(jnp.mean((x - self.x) ** 2 + (y - self.y) ** 2))
 
     def loop(self, device: Playing, offsets: Offsets) -> tuple[Array, Array]:
         """x and y of the last period."""
@@ -262,11 +264,11 @@ class Retention(AbstractTarget):
         populations = device.under(Settings(*offsets))(x, r, alone=False).populations
         later = jax.scipy.linalg.expm(rates * self.hold_s) @ populations
         change = device.signal(later) - device.signal(populations)
-        return jnp.sqrt(jnp.sum(weight * change**2))
+        return flat_root(jnp.sum(weight * change**2))
 
 
 class Energy(AbstractTarget):
-    """The integral of |Omega|^2 over both pulses at full command."""
+    """The integral of |Omega|^2 at full command, each channel by itself, added up."""
 
     @property
     def name(self) -> str:
@@ -287,7 +289,10 @@ class Energy(AbstractTarget):
 
 
 class Roughness(AbstractTarget):
-    """The rms slope of the drives of both pulses at full command: small for smooth pulses."""
+    """The rms slope of the drives of both pulses at full command: small for smooth pulses.
+
+    Of sampled pulses it is that from slice to slice, which grows as the root of the slices a held sample is cut into.
+    """
 
     @property
     def name(self) -> str:
@@ -397,10 +402,9 @@ def ion_of(device: Playing) -> IonMemristor:
     return device.ion if isinstance(device, SampledIon) else device
 
 
-def terms(target: AbstractTarget, device: Playing, offsets: Offsets) -> Mapping[str, Float[Array, ""]]:
-    """The value of each target of a sum, by name; of a single one, its own."""
-    parts = target.targets if isinstance(target, Weighted) else (target,)
-    return {part.name: part.value(device, offsets) for part in parts}
+def parts(target: AbstractTarget) -> tuple[AbstractTarget, ...]:
+    """The terms of a sum, or the target itself."""
+    return target.targets if isinstance(target, Weighted) else (target,)
 
 
 def _loop_solves(periods: int, cycles: int) -> float:

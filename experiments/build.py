@@ -12,7 +12,7 @@ from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 
-_PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean phonon numbers up to 20
+PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean phonon numbers up to 20
 
 # Keys of [device] that are fields of the ion's device under the same name.
 _ION_FIELDS = (
@@ -135,7 +135,7 @@ def device_from(config: Config) -> AbstractMemristor:
         memory=memory,
         source=source,
         method=methods[table.engine](),
-        phonon_nodes=_PHONON_NODES if moving else 1,
+        phonon_nodes=PHONON_NODES if moving else 1,
         **{name: getattr(table, name) for name in _ION_FIELDS},
         **{name: getattr(table, name) or 0.0 for name in _LINEWIDTHS},
     )

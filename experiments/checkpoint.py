@@ -2,8 +2,9 @@
 
 import hashlib
 import io
-import os
 import time
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class Checkpoint:
                 if str(file["digest"]) != self._digest:
                     return None
                 return str(file["stage"]), int(file["done"]), np.asarray(file["point"], float)
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
     def keep(self, stage: str, done: int, point: Float[np.ndarray, " numbers"], *, at_once: bool = False) -> None:
@@ -52,10 +53,8 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def same_but_iterations(config_toml: str, fit_run: Path | None) -> str:
-    """What a search depends on: its configuration, without how long it may take, and the calibration."""
+def same_but_iterations(config_toml: str, files: Iterable[Path]) -> str:
+    """What a search depends on: its configuration, without how long it may take, and the contents of files."""
     lines = [line for line in config_toml.splitlines() if not line.startswith("iterations = ")]
-    twin = b""
-    if fit_run is not None and (fit_run / "twin.json").is_file():
-        twin = (fit_run / "twin.json").read_bytes()
-    return "\n".join(lines) + os.linesep + hashlib.sha256(twin).hexdigest()
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    return "\n".join([*lines, *hashes])

@@ -6,13 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jaxtyping import Array
 
 from calibration.hardware import Hardware
 from calibration.limits import robustness
-from calibration.shaping import Layout, Shaped, on_hardware
-from calibration.targets import AbstractTarget, LoopCurve, Obedience, Offsets, Playing, disobedience
-from experiments.targets import loop_in, parts
+from calibration.shaping import Layout, Shaped, on_hardware, pair
+from calibration.targets import AbstractTarget, LoopCurve, Obedience, Offsets, Playing, disobedience, parts
+from experiments.targets import loop_in
 from twin.memristor import IonMemristor
 from twin.waveform import Waveform
 
@@ -70,8 +69,3 @@ def seen(target: AbstractTarget, devices: Mapping[str, tuple[Playing, Offsets]])
         if isinstance(loop, LoopCurve):
             data |= {"x_wanted": ("cycle", np.asarray(loop.x)), "y_wanted": ("cycle", np.asarray(loop.y))}
     return data
-
-
-def pair(offsets_hz: tuple[float, float]) -> tuple[Array, Array]:
-    """Laser offsets as arrays."""
-    return jnp.asarray(offsets_hz[0], float), jnp.asarray(offsets_hz[1], float)

@@ -16,7 +16,8 @@ def pulses(columns: Columns) -> Figure:
     """Rabi frequency of both pulses against time, before and after.
 
     Args:
-        columns: `t_s`, and `rabi_1_before_hz`, `rabi_2_before_hz`, `rabi_1_after_hz`, `rabi_2_after_hz`.
+        columns: `t_s`, and `rabi_1_before_hz`, `rabi_2_before_hz`, `rabi_1_after_hz`, `rabi_2_after_hz`; with free
+            phases `rabi_1_after_imag_hz` and so on.
     """
     figure, axes = figure_of(2, 2.8, 3.9, sharex=True, sharey=True)
     t_us = np.asarray(columns["t_s"]) * 1e6
@@ -25,9 +26,12 @@ def pulses(columns: Columns) -> Figure:
             rabi_khz = np.asarray(columns[f"rabi_{k}_{when}_hz"]) / 1e3
             ax.plot(t_us, rabi_khz, dash, color=colour, label=f"pulse {k}")
             ax.fill_between(t_us, rabi_khz, color=colour, alpha=0.12, lw=0)
+            quadrature = np.asarray(columns.get(f"rabi_{k}_{when}_imag_hz", 0.0)) / 1e3
+            if np.any(quadrature):
+                ax.plot(t_us, quadrature, ":", color=colour, lw=1, label=f"pulse {k}, quadrature")
         ax.set(title=when, xlabel="time (µs)", ylabel="Rabi frequency / 2π (kHz)")
         ax.label_outer()
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     return figure
 
 
@@ -66,6 +70,9 @@ def loops_before_after(columns: Columns) -> Figure:
         x, y = (np.append(values := np.asarray(columns[f"{name}_{when}"]), values[0]) for name in "xy")
         ax.plot(x, y, dash, color=colour, label=when)
         arrows(ax, x, y, colour)
+    if "x_wanted" in columns:
+        x, y = (np.append(values := np.asarray(columns[f"{name}_wanted"]), values[0]) for name in "xy")
+        ax.plot(x, y, ":", color=ORANGE, label="wanted")
     ax.set(xlabel="input x (population of s)", ylabel="output y (population of s)")
     ax.legend(fontsize=8)
     return figure

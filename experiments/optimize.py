@@ -14,10 +14,11 @@ import xarray as xr
 
 from calibration.control import Design, optimize
 from calibration.parameters import with_parameters
+from calibration.shaping import pair
 from calibration.targets import AbstractTarget
 from experiments import command_maps, report, shape
-from experiments.build import device_from, memory_from
-from experiments.control_arrays import pair, seen
+from experiments.build import PHONON_NODES, device_from, memory_from
+from experiments.control_arrays import seen
 from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import Run, RunFolder
@@ -51,12 +52,12 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         raise ValueError("optimize designs laser pulses, but device.platform is 'photonic'; choose 'ion'.")
     if config.optimize.window_cycles is not None:
         device = dataclasses.replace(device, memory=memory_from(config, config.optimize.window_cycles))
+    if not config.optimize.bounds and config.optimize.shape is None:
+        return _mapped(config, device, notes, fit_run, out, seed, clock)
     target = target_from(config, device)
     robust = robust_from(config, device, target, fit_run)
     if config.optimize.shape is not None:
         return shape.run(config, device, target, robust, notes, fit_run, out, clock)
-    if not config.optimize.bounds:
-        return _mapped(config, device, notes, fit_run, out, seed, clock)
     out.log(f"target {config.optimize.target}, commands {', '.join(config.optimize.bounds)}")
     with search_progress(out, (robust or target).name) as progress:
         design = optimize(
@@ -137,6 +138,8 @@ def _calibrated(device, run: Run) -> tuple[Any, str]:
     note = f"The device is that of the fit {run.path.name} ({run.result['status']})."
     if verdicts:
         note += f" Its {', '.join(verdicts)} rest on weak evidence, and so does whatever these commands gain by them."
+    if "n_bar" in found and isinstance(device, IonMemristor):
+        device = dataclasses.replace(device, phonon_nodes=max(device.phonon_nodes, PHONON_NODES))
     return with_parameters(device, {name: jnp.asarray(value, float) for name, value in found.items()}), note
 
 
@@ -161,7 +164,7 @@ def _arrays(device: IonMemristor, design: Design, target: AbstractTarget) -> xr.
     t_s = np.linspace(-float(before.lead_s), late, _WAVEFORM_POINTS)
     data: dict[str, Any] = {"t_s": ("time", t_s, {"units": "s"})}
     for which, twin in (("before", before), ("after", after)):
-        for k, pulse in enumerate(twin.pulses(*twin.areas(jnp.ones(()), jnp.ones(())))):
+        for k, pulse in enumerate(twin.pulses(*twin.largest_areas)):
             rabi_hz = np.asarray(pulse.drive(jnp.asarray(t_s), jnp.asarray(t_s)).real) / (2 * np.pi)
             data[f"rabi_{k + 1}_{which}_hz"] = ("time", rabi_hz, {"units": "Hz"})
     cases = {"before": (before, pair((0.0, 0.0))), "after": (after, pair(design.offsets_hz))}

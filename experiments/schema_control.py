@@ -12,8 +12,6 @@ _RABI = 1e8  # Hz; far above what addresses a single line
 TARGETS = ("obedience", "area", "form_factor", "saturation", "curve", "transfer", "leakage", "retention")
 # What further terms a sum may have: every target, and what pulses cost.
 TERMS = (*TARGETS, "energy", "roughness", "duration")
-LOOP_TARGETS = ("area", "form_factor", "saturation", "curve")
-COMPOSITES = ("bb1", "sk1", "corpse")
 
 
 class Hardware(Table):
@@ -126,7 +124,7 @@ class Optimize(Table):
     level: str = Field("m", min_length=1, description="level of the transfer")
     x_set: float = number(1.0, 0.0, 1.0, "", "commanded input of the transfer")
     r_set: float = number(1.0, 0.0, 1.0, "", "commanded transfer of the transfer")
-    hold_s: float = number(1e-3, 0.0, 100.0, "s", "how long retention holds")
+    hold_s: float = number(1e-3, 1e-9, 100.0, "s", "how long retention holds")
     weights: Annotated[dict[str, Annotated[float, Field(gt=0, le=1e30)]], AfterValidator(_terms)] = Field(
         {},
         description="further terms as name = weight per unit of the term; the target itself has weight one; gains "
@@ -160,6 +158,11 @@ class Optimize(Table):
             raise Refusal("curve", "and the target 'curve' belong together; give both or none")
         if self.target in self.weights:
             raise Refusal(f"weights.{self.target}", "is the target itself, which has weight one; remove it")
+        if not self.bounds and self.shape is None and (self.weights or self.robust):
+            raise Refusal("weights" if self.weights else "robust", "belongs to pulses that are searched, but there is "
+                          "a command map alone; remove it, or add bounds or [optimize.shape]")  # fmt: skip
+        if self.shape is None and self.robust and self.robust.recalibrate:
+            raise Refusal("robust.recalibrate", "repeats a search of samples; set it to 0, or add [optimize.shape]")
         if self.shape is None and self.iterations == 0:
             raise Refusal("iterations", "is 0, which only solves samples; give more, or a table [optimize.shape]")
         if self.shape is None and self.enough is not None:

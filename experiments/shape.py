@@ -17,7 +17,7 @@ from calibration.hardware import Hardware
 from calibration.limits import Limits, NotKnowing, limits, value_of_recalibrating
 from calibration.robust import Robust
 from calibration.shaping import Layout, Shaped, gaussian_pulses, on_hardware, player_of, rescored, shape
-from calibration.targets import AbstractTarget
+from calibration.targets import AbstractTarget, parts
 from experiments import command_maps, report, waveform_files
 from experiments.build import hardware_from
 from experiments.checkpoint import Checkpoint, same_but_iterations
@@ -27,13 +27,15 @@ from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
 from experiments.schema import Config
-from experiments.targets import parts
 from experiments.waveform_files import Samples, WaveformError
 from twin.memristor import IonMemristor
 from twin.waveform import Waveform
 
 FILES = ("waveform.csv", "waveform.nc", "waveform.qasm", "waveform.py")
+LINES = ("line_1", "line_2")
 NOMINAL, ROBUST = "shape", "robust"
+_NO_LOOP = 1e-6  # a loop number below this is none
+_CHUNK = 10  # iterations between two reports of a search
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def run(
     assert config.optimize is not None
     work = _work(config, ion, target, robust)
     free = config.optimize.iterations > 0
-    checkpoint = Checkpoint(out.path, same_but_iterations(config.to_toml(), fit_run))
-    found = _searched(work, checkpoint, out) if free else _given(work)
+    checkpoint = _checkpoint(config, fit_run, out)
+    found, history = _searched(work, checkpoint, out) if free else (_given(work), {})
     recomputed = work.score(found.waveform, found.offsets_hz)
     # A robust search saw its members: the numbers of the nominal device are computed afterwards.
     before, after = found.before, found.after
@@ -112,7 +114,7 @@ def run(
         "limits": None if bounds is None else bounds._asdict(),
         "robust": members,
         "notes": notes + _notes(found, work, recomputed, members, bounds) + losses,
-        "history": {"shape": found.history},
+        "history": history,
         "from": None if fit_run is None else Path(fit_run).name,
         "seed": config.optimize.seed,
         "seconds": seconds,
@@ -130,7 +132,8 @@ def run(
     out.write_result(result)
     out.write_arrays(arrays)
     report.write(out)
-    checkpoint.remove()
+    if free:
+        checkpoint.remove()
     out.log(
         f"{found.status}; {target.name} {before:.4g} before, {after:.4g} after, {recomputed:.4g} as "
         "exported; " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
@@ -178,10 +181,19 @@ def _as_waveform(given: Samples, hardware: Hardware, name: str) -> Waveform:
     if not np.isclose(given.sample_s, hardware.sample_s, rtol=1e-9):
         raise ConfigError(f"{name}: the clock of the file is {given.sample_s:g} s, but hardware.sample_s is "
                           f"{hardware.sample_s:g}; change one.")  # fmt: skip
-    return Waveform(given.real_rad_s, given.imag_rad_s, hardware.sample_s)
+    order = [given.channels.index(line) for line in LINES] if set(given.channels) == set(LINES) else [0, 1]
+    return Waveform(given.real_rad_s[:, order], given.imag_rad_s[:, order], hardware.sample_s)
 
 
-def _searched(work: Work, checkpoint: Checkpoint, out: RunFolder) -> Shaped:
+def _checkpoint(config: Config, fit_run: Path | None, out: RunFolder) -> Checkpoint:
+    assert config.optimize is not None
+    assert config.optimize.shape is not None
+    files = [Path(name) for name in (config.optimize.curve, config.optimize.shape.start) if name]
+    files += [] if fit_run is None else [fit_run / "twin.json"]
+    return Checkpoint(out.path, same_but_iterations(config.to_toml(), files))
+
+
+def _searched(work: Work, checkpoint: Checkpoint, out: RunFolder) -> tuple[Shaped, dict[str, list[float]]]:
     """The nominal search, and from its end that over all members, each going on where it was killed."""
     wanted = work.config.optimize
     assert wanted is not None
@@ -191,7 +203,7 @@ def _searched(work: Work, checkpoint: Checkpoint, out: RunFolder) -> Shaped:
     stages: list[tuple[str, AbstractTarget]] = [(NOMINAL, work.target)]
     if work.robust is not None:
         stages.append((ROBUST, work.robust))
-    found = None
+    found, history = None, {}
     for stage, target in stages:
         if before is not None and before[0] == ROBUST and stage == NOMINAL:
             continue  # it was over
@@ -204,9 +216,12 @@ def _searched(work: Work, checkpoint: Checkpoint, out: RunFolder) -> Shaped:
                 iterations=max(1, wanted.iterations - done), enough=wanted.enough, on_progress=progress,
                 on_point=_keeping(checkpoint, stage, done),
             )  # fmt: skip
-        checkpoint.keep(stage, 0, found.point, at_once=True)
+        history[stage] = found.history
+        over = done + _CHUNK * len(found.history)
+        following = (ROBUST, 0) if stage == NOMINAL and work.robust is not None else (stage, over)
+        checkpoint.keep(*following, found.point, at_once=True)
     assert found is not None
-    return found
+    return found, history
 
 
 def _keeping(checkpoint: Checkpoint, stage: str, done: int) -> Callable[[np.ndarray], None]:
@@ -214,7 +229,7 @@ def _keeping(checkpoint: Checkpoint, stage: str, done: int) -> Callable[[np.ndar
 
     def keep(point: np.ndarray) -> None:
         chunks[0] += 1
-        checkpoint.keep(stage, done + 10 * chunks[0], point)
+        checkpoint.keep(stage, done + _CHUNK * chunks[0], point)
 
     return keep
 
@@ -223,12 +238,20 @@ def _given(work: Work) -> Shaped:
     """The samples of a file as they stand there."""
     assert work.start is not None
     assert work.given is not None
-    named = ("laser_offset_1_hz", "laser_offset_2_hz")
-    offsets = tuple(float(work.given.attributes.get(name, 0.0)) for name in named)
-    value = work.score(work.start, offsets)
-    first = work.layout.placed(work.hardware.quantized(gaussian_pulses(work.hardware, work.layout.samples)))
-    before = work.score(first, (0.0, 0.0))
+    offsets = tuple(_offset_hz(work.given, f"laser_offset_{k}_hz") for k in (1, 2))
+    target = work.target if work.robust is None else work.robust
+    value = work.score(work.start, offsets, target)
+    raw = work.hardware.unconstrained(gaussian_pulses(work.hardware, work.layout.samples))
+    first = work.layout.placed(work.hardware.quantized(work.hardware.allowed(*raw)))
+    before = work.score(first, (0.0, 0.0), target)
     return Shaped("done", before, value, work.start, first, np.zeros(0), offsets, [])
+
+
+def _offset_hz(given: Samples, name: str) -> float:
+    value = given.attributes.get(name, 0.0)
+    if isinstance(value, str):
+        raise ConfigError(f"optimize.shape.start: the file has {name} = {value!r:.40}, which is no number; mend it.")
+    return float(value)
 
 
 def _limits(work: Work, found: Shaped, out: RunFolder) -> tuple[Limits, NotKnowing | None]:
@@ -276,7 +299,7 @@ def _exported(found: Shaped, work: Work, out: RunFolder) -> tuple[dict[str, floa
         real_rad_s=np.asarray(w.real_rad_s),
         imag_rad_s=np.asarray(w.imag_rad_s),
         sample_s=float(w.sample_s),
-        channels=("line_1", "line_2"),
+        channels=LINES,
         full_scale_rad_s=work.hardware.largest_rad_s,
         bits=work.hardware.bits,
         carrier_hz=None if table.carrier_hz is None else tuple(table.carrier_hz),
@@ -302,7 +325,11 @@ def _notes(
     at_limit = [f"line {k + 1}" for k, share in enumerate(peaks) if share > 0.99]
     offsets = "{:+.1f} and {:+.1f} Hz".format(*found.offsets_hz)
     if bounds is None:
+        assert work.given is not None
+        named = set(work.given.channels) == set(LINES)
         notes = [f"The samples of the file are solved as they stand, with lasers offset by {offsets}; nothing moved."]
+        if not named:
+            notes.append(f"Its channels {' and '.join(work.given.channels)} play lines 1 and 2, in this order.")
     else:
         notes = [f"The lasers are offset by {offsets}, onto the calibrated lines."]
         again = recomputed if members is None else members["recomputed"]
@@ -339,8 +366,11 @@ def _limits_in_words(target: AbstractTarget, reached: float, bounds: Limits) -> 
     )
     if bounds.ideal is None:
         return text + "."
+    text += f"; a device that obeys exactly has {bounds.ideal:.4g}"
+    if bounds.ideal < _NO_LOOP:
+        return text + "."
     share = reached / bounds.ideal
-    text += f"; a device that obeys exactly has {bounds.ideal:.4g}, of which {100 * share:.1f} % is reached"
+    text += f", of which {100 * share:.1f} % is reached"
     if share >= 0.99:
         return text + "."
     of = {

@@ -24,6 +24,7 @@ from calibration.targets import (
     Transfer,
     Weighted,
     loop_target,
+    parts,
     settled_periods,
 )
 from experiments.config import ConfigError
@@ -44,11 +45,6 @@ def target_from(config: Config, device: IonMemristor) -> AbstractTarget:
         return main
     further = tuple(_one(name, config, device) for name in config.optimize.weights)
     return Weighted((main, *further), jnp.array([1.0, *config.optimize.weights.values()]))
-
-
-def parts(target: AbstractTarget) -> tuple[AbstractTarget, ...]:
-    """The terms of a sum, or the target itself."""
-    return target.targets if isinstance(target, Weighted) else (target,)
 
 
 def loop_in(target: AbstractTarget) -> LoopShape | LoopCurve | None:

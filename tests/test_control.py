@@ -14,6 +14,7 @@ from scipy import integrate
 
 from calibration.control import Design, apply_commands, optimize
 from calibration.parameters import anchored
+from calibration.robust import Robust
 from calibration.targets import LoopShape, Obedience, disobedience, loop_target
 from twin.dynamics import Adaptive, StaticGrid
 from twin.hysteresis import form_factor, signed_area
@@ -251,3 +252,13 @@ def test_loop_shapes_grow(name):
     assert design.metric == name
     assert design.after > design.before > 0
     assert abs(design.recomputed - design.after) < 1e-6
+
+
+@pytest.mark.slow
+def test_commands_for_many_devices():
+    """Widths that differ from device to device, and commands of widths: the grid has room for both together."""
+    robust = Robust(Obedience(), {"sigma_1_s": jnp.array([0.0, 4e-6]), "detuning_1_hz": jnp.array([0.0, 500.0])})
+    bounds = {"sigma_1_s": (10e-6, 25e-6), "amplitude_1": (0.8, 1.2), "detuning_1_set_hz": (-4e3, 4e3)}
+    found = optimize(faulty(), robust, bounds, iterations=30)
+    assert np.isfinite(found.recomputed) and found.recomputed < found.before
+    np.testing.assert_allclose(found.after, found.recomputed, atol=1e-6)

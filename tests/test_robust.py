@@ -15,6 +15,7 @@ from calibration.robust import Robust, drawn_changes, parameter_draws
 from calibration.shaping import gaussian_pulses, on_hardware, player_of, rescored, shape
 from calibration.targets import Obedience, loop_target
 from twin.memristor import ClosedForm, IonMemristor
+from twin.waveform import Waveform
 
 NOW = (jnp.zeros(()), jnp.zeros(()))
 
@@ -57,6 +58,17 @@ def test_what_drifts_is_drawn_as_told():
     assert abs(np.corrcoef(factor, drawn["detuning_1_hz"])[0, 1]) < 0.05
     posterior = {"rabi_scale_1": np.array([0.8, 1.0])}
     np.testing.assert_allclose(drawn_changes(device, 2, posterior=posterior)["rabi_scale_1"], [-0.1, 0.1])
+
+
+def test_noise_comes_on_top_of_the_posterior():
+    """Power scales the drawn Rabi frequency; a range of n_bar takes the place of the posterior's."""
+    device = plain(phonon_nodes=8, n_bar=5.0, eta_1=0.05)
+    posterior = {"rabi_scale_1": np.full(4, 0.5), "n_bar": np.array([3.0, 5.0, 6.0, 7.0])}
+    drawn = drawn_changes(device, 4, posterior=posterior, intensity_std=0.1, n_bar=(0.0, 2.0))
+    factor = 1 + np.asarray(drawn["rabi_scale_2"])
+    np.testing.assert_allclose(1 + np.asarray(drawn["rabi_scale_1"]), 0.5 * factor, rtol=1e-12)
+    values = 5 + np.asarray(drawn["n_bar"])
+    assert np.min(values) >= 0 and np.max(values) <= 2
 
 
 def test_draws_of_a_calibration_stay_in_their_boxes():
@@ -133,6 +145,28 @@ def test_the_form_factor_of_an_ideal_device_is_reached():
     found = shape(fast, hardware(), target, LAYOUT, iterations=60)
     bounds = limits(fast, hardware(), target, LAYOUT, found.point, iterations=60)
     assert bounds.decay_and_dephasing < 0.97 * bounds.ideal < bounds.hardware
+
+
+def test_members_may_wait_differently_long():
+    robust = Robust(Obedience(), {"tail_s": jnp.array([0.0, 40e-6]), "n_bar": jnp.array([0.0, 2.0])})
+    moving = ion(phonon_nodes=4, n_bar=0.5, eta_1=0.06, eta_2=0.06, lifetime_s=1e-3)
+    w = LAYOUT.placed(hardware().quantized(gaussian_pulses(hardware(), 30)))
+    roomy = on_hardware(moving, hardware(), LAYOUT, w, room_for=robust.all_members(moving))
+    other = dataclasses.replace(moving, tail_s=moving.tail_s + 40e-6, n_bar=jnp.asarray(2.5))
+    expected = rescored(other, hardware(), Obedience(), LAYOUT, w, (0.0, 0.0))
+    np.testing.assert_allclose(eqx.filter_jit(robust.each)(roomy, NOW)[1], expected, atol=1e-7)
+
+
+def test_samples_that_break_limits_are_solved_all_the_same():
+    """Beyond full scale, and with a phase where the hardware has none."""
+    w = LAYOUT.placed(hardware().quantized(gaussian_pulses(hardware(), 30)))
+    loud = Waveform(3 * w.real_rad_s, w.imag_rad_s, w.sample_s)
+    assert np.isfinite(rescored(ion(), hardware(), Obedience(), LAYOUT, loud, (0.0, 0.0)))
+    # On resonance a common phase changes no population.
+    still = ion(detuning_1_hz=0.0, detuning_2_hz=0.0)
+    turned = Waveform(w.imag_rad_s, w.real_rad_s, w.sample_s)
+    scores = [rescored(still, hardware(), Obedience(), LAYOUT, one, (0.0, 0.0)) for one in (w, turned)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-9)
 
 
 def test_members_fit_into_the_slices():

@@ -1,5 +1,6 @@
 """`iontwin optimize` with samples: what it leaves, reads back, goes on with, and refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xarray as xr
 from test_track import call, place  # noqa: F401 - a fixture
 
-from experiments import command_map_files, waveform_files
+from experiments import command_map_files, optimize, shape, waveform_files
+from experiments.build import hardware_from
 from experiments.checkpoint import Checkpoint, same_but_iterations
 from experiments.config import ConfigError, load_config, parse_config
 from experiments.records import Run
@@ -75,7 +78,7 @@ def test_the_verb_exports_what_it_found(run):
 
 
 def test_files_are_solved_as_they_stand(run, tmp_path):
-    for name, same in (("waveform.csv", 1e-6), ("waveform.qasm", 1e-6), ("waveform.py", 0.02)):
+    for name, same in (("waveform.qasm", 1e-6), ("waveform.py", 0.02)):
         out = tmp_path / name
         chosen = f"optimize.shape.start={json.dumps(str(run / name))}"
         assert (
@@ -112,9 +115,14 @@ def test_a_killed_search_goes_on(tmp_path):
 
 
 def test_a_checkpoint_belongs_to_its_search(tmp_path):
-    of = same_but_iterations(parse_config({"optimize": {"bounds": {"amplitude_1": [0.9, 1.1]}}}).to_toml(), None)
-    more = {"optimize": {"bounds": {"amplitude_1": [0.9, 1.1]}, "iterations": 7}}
-    assert same_but_iterations(parse_config(more).to_toml(), None) == of
+    bounds = {"amplitude_1": [0.9, 1.1]}
+    text, longer = (parse_config({"optimize": {"bounds": bounds, "iterations": n}}).to_toml() for n in (7, 70))
+    of, twin = same_but_iterations(text, []), tmp_path / "twin.json"
+    assert same_but_iterations(longer, [twin]) == of
+    twin.write_text("{}")
+    with_twin = same_but_iterations(text, [twin])
+    twin.write_text("{ }")
+    assert len({of, with_twin, same_but_iterations(text, [twin])}) == 3
     kept = Checkpoint(tmp_path / "run", of)
     assert kept.load() is None
     kept.keep("shape", 20, np.arange(3.0))
@@ -207,6 +215,44 @@ def test_files_that_do_not_fit_are_refused(run, tmp_path, capsys):
         assert call("optimize", run.parent / "c.toml", "--out", tmp_path / "run", *arguments) == 2
         assert words in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"robust": {"recalibrate": 2}, "bounds": {"amplitude_1": [0.9, 1.1]}}, "repeats a search of samples"),
+        ({"robust": {}, "command_map": {}}, "there is a command map alone"),
+        ({"weights": {"energy": 1.0}, "command_map": {}}, "there is a command map alone"),
+        ({"robust": {"posterior": False}, "command_map": {}}, "do not differ"),
+        ({"bounds": {"amplitude_1": [0.9, 1.1]}, "enough": 0.1}, "stops a search of samples"),
+    ],
+)
+def test_tables_that_would_be_ignored_are_refused(table, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_config({"optimize": table})
+
+
+def test_channels_go_by_their_names(run):
+    samples = waveform_files.read(run / "waveform.csv")
+    config = load_config(run.parent / "c.toml", verb="optimize")
+    limits = hardware_from(config)
+    swapped = dataclasses.replace(
+        samples, channels=samples.channels[::-1], real_rad_s=samples.real_rad_s[:, ::-1],
+        imag_rad_s=samples.imag_rad_s[:, ::-1],
+    )  # fmt: skip
+    got = shape._as_waveform(swapped, limits, "w.csv")
+    np.testing.assert_array_equal(got.real_rad_s, samples.real_rad_s)
+    with pytest.raises(ConfigError, match="laser_offset_1_hz = 'left', which is no number"):
+        shape._offset_hz(dataclasses.replace(samples, attributes={"laser_offset_1_hz": "left"}), "laser_offset_1_hz")
+
+
+def test_a_fit_of_the_motion_brings_its_nodes():
+    import tables
+
+    rows = {"n_bar": {"value": 3.0, "verdict": "identified"}}
+    fit = SimpleNamespace(path=Path("fit"), result={"status": "converged", "parameters": rows})
+    device, _ = optimize._calibrated(tables.ion(eta_1=0.05), fit)
+    assert device.phonon_nodes == 8 and float(device.n_bar) == 3.0
 
 
 def test_curves_are_read_and_checked(tmp_path):

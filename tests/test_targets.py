@@ -24,8 +24,8 @@ from calibration.targets import (
     Weighted,
     disobedience,
     loop_target,
+    parts,
     settled_periods,
-    terms,
 )
 from twin.hysteresis import form_factor
 from twin.loop import Settings, run, sine_input
@@ -115,8 +115,8 @@ def test_sums_have_weights_and_signs():
     device = ion(rabi_scale_1=0.9)
     loop = loop_target("area", device, cycles_per_period=20)
     total = Weighted((Obedience(), Energy(), loop), [2.0, 1e-9, 0.5])
-    parts = terms(total, device, NOW)
-    expected = 2 * parts["obedience_rms"] + 1e-9 * parts["energy"] - 0.5 * parts["area"]
+    obedience, energy, area = (part.value(device, NOW) for part in parts(total))
+    expected = 2 * obedience + 1e-9 * energy - 0.5 * area
     np.testing.assert_allclose(total.value(device, NOW), expected, rtol=1e-12)
     assert not total.is_gain and not total.is_error
     for target in (total, Obedience(), loop, Weighted((Obedience(), Energy()), [1.0, 1e-9])):
@@ -127,6 +127,15 @@ def test_sums_have_weights_and_signs():
     np.testing.assert_allclose(loop.loss(device, NOW), -loop.value(device, NOW))
     with pytest.raises(ValueError, match="one weight a target"):
         Weighted((Obedience(),), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("target", [Obedience(), Retention(1e-3), Leakage()], ids=lambda t: t.name)
+def test_perfect_devices_have_losses_and_slopes(target):
+    """An error of exactly zero ends a search; it does not break it."""
+    at = lambda scale: target.loss(ion(rabi_scale_1=scale, lifetime_s=math.inf), NOW)
+    value, slope = jax.value_and_grad(at)(jnp.ones(()))
+    assert np.isfinite(value) and np.isfinite(slope)
+    assert target.of_loss(float(value)) < 1e-12
 
 
 TARGETS = {

@@ -148,8 +148,9 @@ def sampled(
     system = ion.system(largest_hz, -largest_hz), ion.system(-largest_hz, largest_hz)
     slice_s = float(drives.sample_s)
     action = float(max(largest_action(one, math.hypot(*largest_rad_s), slice_s) for one in system))
-    idle = max(largest_action(one, 0.0, float(ion.tail_s)) for one in system)
-    tail_slices = math.ceil(idle / action) if float(ion.tail_s) > 0 else 0
+    longest_s = float(jnp.max(ion.tail_s))
+    idle = max(largest_action(one, 0.0, longest_s) for one in system)
+    tail_slices = math.ceil(idle / action) if longest_s > 0 else 0
     steps = shape[0] + tail_slices
     return SampledIon(
         ion, **_parts(drives, real_only), slice_s=slice_s, alone_slices=alone_slices, tail_slices=tail_slices,
