@@ -71,7 +71,11 @@ def test_the_right_model_is_rarely_rejected(right):
     assert np.all(np.asarray(right.p_value) >= np.min(np.asarray(right.p), axis=1))
 
 
-@pytest.mark.parametrize("flaw", [{"kernel": 0.4}, {"leak": 0.1}], ids=["40 % of the kernel", "10 % of s leaks"])
+@pytest.mark.parametrize(
+    "flaw",
+    [pytest.param({"kernel": 0.4}, marks=pytest.mark.slow), {"leak": 0.1}],
+    ids=["40 % of the kernel", "10 % of s leaks"],
+)
 def test_wrong_models_are_rejected(flaw):
     assert np.mean(np.asarray(outcomes(flawed(**flaw)).p_value) < LEVEL) >= 0.95
 

@@ -55,6 +55,7 @@ def test_both_optimizers_end_in_one_optimum():
     assert set(one.seconds) >= {"descend", "polish", "uncertainty"}
 
 
+@pytest.mark.slow
 def test_the_demo_is_emulated_well_enough():
     """The optimum is checked against the device's own method, whose device is the one handed out."""
     found = calibrated("levenberg_marquardt")

@@ -314,6 +314,7 @@ def spoiled(seed: int) -> LoopTable:
     return tables.changed(table, **columns)
 
 
+@pytest.mark.slow
 def test_outliers_spoil_the_binomial_fit_and_not_the_robust_one():
     """Ten tables: of some forty identified parameters, one at most lies beyond three standard errors by chance.
 

@@ -129,6 +129,7 @@ def roomy(device):
     return dataclasses.replace(device, action=2 * device.action, rule=taylor(2 * device.action, 1e-10))
 
 
+@pytest.mark.slow
 def test_a_loop_is_opened():
     device = ion(source="model")
     target = loop_target("area", device, cycles_per_period=20)
