@@ -24,6 +24,7 @@ from calibration.targets import Playing, ion_of
 from twin.dynamics import Adaptive
 from twin.memristor import ClosedForm, IonMemristor
 from twin.sampled import SampledIon
+from twin.slices import Dense
 
 LARGEST_RAD = 1.5 * math.pi
 # A population this close to what is wanted is what is wanted: well above the solver's error.
@@ -194,13 +195,9 @@ def mapped(
 
 
 def reference(device: Playing) -> Playing:
-    """The same laid device under another solver: adaptive, or slices half as long, whose error is far smaller."""
+    """The same laid device under another solver: adaptive, or matrix exponentials of every slice."""
     if isinstance(device, SampledIon):
-        half = lambda part: None if part is None else jnp.repeat(part, 2, axis=0)
-        return dataclasses.replace(
-            device, real_rad_s=half(device.real_rad_s), imag_rad_s=half(device.imag_rad_s),
-            slice_s=device.slice_s / 2, alone_slices=2 * device.alone_slices,
-        )  # fmt: skip
+        return dataclasses.replace(device, rule=Dense())
     if isinstance(device.method, ClosedForm):
         return device
     return dataclasses.replace(device, method=Adaptive(rtol=1e-11, atol=1e-12))

@@ -267,7 +267,23 @@ class Retention(AbstractTarget):
         return flat_root(jnp.sum(weight * change**2))
 
 
-class Energy(AbstractTarget):
+class AbstractPrice(AbstractTarget):
+    """A number of the drives at full command alone; nothing is solved for it."""
+
+    @property
+    def solves(self) -> float:
+        return 0.0
+
+    def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
+        del offsets
+        return self.of_drives(*_full_command(device))
+
+    @abstractmethod
+    def of_drives(self, drives: Float[Array, "steps ..."], step_s: Float[Array, ""]) -> Float[Array, ""]:
+        """The number of drives in rad/s, real and imaginary parts beside each other, and of their step in time."""
+
+
+class Energy(AbstractPrice):
     """The integral of |Omega|^2 at full command, each channel by itself, added up."""
 
     @property
@@ -278,17 +294,11 @@ class Energy(AbstractTarget):
     def unit(self) -> str:
         return "rad^2/s"
 
-    @property
-    def solves(self) -> float:
-        return 0.0
-
-    def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
-        del offsets
-        drives, step_s = _full_command(device)
+    def of_drives(self, drives: Float[Array, "steps ..."], step_s: Float[Array, ""]) -> Float[Array, ""]:
         return jnp.sum(drives**2) * step_s
 
 
-class Roughness(AbstractTarget):
+class Roughness(AbstractPrice):
     """The rms slope of the drives of both pulses at full command: small for smooth pulses.
 
     Of sampled pulses it is that from slice to slice, which grows as the root of the slices a held sample is cut into.
@@ -302,18 +312,12 @@ class Roughness(AbstractTarget):
     def unit(self) -> str:
         return "rad/s^2"
 
-    @property
-    def solves(self) -> float:
-        return 0.0
-
-    def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
-        del offsets
-        drives, step_s = _full_command(device)
+    def of_drives(self, drives: Float[Array, "steps ..."], step_s: Float[Array, ""]) -> Float[Array, ""]:
         steps = jnp.diff(drives, axis=0, prepend=0.0, append=0.0)
         return jnp.sqrt(jnp.sum(steps**2) / len(steps)) / step_s
 
 
-class Duration(AbstractTarget):
+class Duration(AbstractPrice):
     """How long both pulses take: sqrt(12) times the rms spread in time of |Omega|^2, exact for one square pulse."""
 
     @property
@@ -324,13 +328,7 @@ class Duration(AbstractTarget):
     def unit(self) -> str:
         return "s"
 
-    @property
-    def solves(self) -> float:
-        return 0.0
-
-    def value(self, device: Playing, offsets: Offsets) -> Float[Array, ""]:
-        del offsets
-        drives, step_s = _full_command(device)
+    def of_drives(self, drives: Float[Array, "steps ..."], step_s: Float[Array, ""]) -> Float[Array, ""]:
         n = len(drives)
         power = jnp.sum(drives.reshape(n, -1) ** 2, axis=1)
         share = power / jnp.sum(power)

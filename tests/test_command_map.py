@@ -160,7 +160,7 @@ def test_samples_are_mapped_as_well():
     device = sampled(faulty(tail_s=0.0), gaussians(8e-6), alone_slices=25)
     one = command_map(device, (0.0, 0.0), points=3, error=1e-8)
     assert one.rms_plain > 0.03
-    # Slices half as long are another solver, not other samples.
+    # Matrix exponentials of every slice are another solver, not other samples.
     assert one.rms_reached < 1e-6 and one.reached_2[1, 1]
 
 
