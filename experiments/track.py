@@ -9,7 +9,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def run(
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
+def whole() -> Generator[None]:
     """Holds an interrupt back until the block is done: tables are tracked and written together, or not at all.
 
     A second interrupt is not held back.
