@@ -95,6 +95,22 @@ def test_the_sign_of_q_is_a_choice_of_phase():
         assert exponent(a, -q) == pytest.approx(float(exponent(a, q)), rel=1e-12)
 
 
+@pytest.mark.parametrize("q", [0.0, -0.3, 0.9, 3.0])
+@pytest.mark.parametrize("beta", [0.05, 0.5, 0.97])
+def test_the_characteristic_value_is_the_inverse(beta, q):
+    # Two methods, an eigenvalue problem and integral equations.
+    assert exponent(mathieu.characteristic_value(beta, q), q) == pytest.approx(beta, abs=3e-12)
+    step = 1e-4
+    difference = (
+        (mathieu.characteristic_value(beta, q + step) - mathieu.characteristic_value(beta, q - step)) / 2 / step
+    )
+    assert jax.grad(mathieu.characteristic_value, 1)(beta, q) == pytest.approx(float(difference), rel=1e-6, abs=1e-9)
+
+
+def test_the_characteristic_value_outside_its_range():
+    assert np.all(np.isnan(mathieu.characteristic_value(np.array([0.0, 1.0, -0.2, np.nan]), 0.3)))
+
+
 # ------------------------------------------------------------------------------------------------ derivatives
 
 

@@ -100,6 +100,27 @@ def stable(a: Input, q: Input) -> Bool[Array, "..."]:
     return _in_first_region(a, q, _quarter_period(a, q))
 
 
+def characteristic_value(beta: Input, q: Input) -> Output:
+    """The a that has the exponent beta at this q, inverse of `characteristic_exponent` in its first argument.
+
+    Floquet's equations for C_2n are an eigenvalue problem, tridiagonal with (beta + 2 n)^2 on the diagonal and q beside
+    it; a is its lowest eigenvalue. Concave in q, and falling with |q|.
+
+    Args:
+        beta: in (0, 1). q: any sign, |q| <= 10.
+
+    Returns:
+        a, broadcast shape; NaN for other arguments.
+    """
+    beta, q = _broadcast(beta, q)
+    inside = (beta > 0) & (beta < 1) & (jnp.abs(q) <= LARGEST_Q)
+    squares = (jnp.where(inside, beta, 0.5)[..., None] + 2 * np.arange(-_LEVELS, _LEVELS + 1)) ** 2
+    size = 2 * _LEVELS + 1
+    beside = np.eye(size, k=1) + np.eye(size, k=-1)
+    matrix = np.eye(size) * squares[..., None] + jnp.where(inside, q, 0.0)[..., None, None] * beside
+    return jnp.where(inside, jnp.linalg.eigvalsh(matrix)[..., 0], jnp.nan)
+
+
 def pseudopotential_exponent(a: Input, q: Input) -> Output:
     """Lowest order in a and q^2, beta = sqrt(a + q^2/2): the pseudopotential. NaN where a + q^2/2 is negative."""
     a, q = _broadcast(a, q)
