@@ -144,6 +144,7 @@ def _root(square: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), jnp.where(square == 0, 0.0, jnp.nan))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _boundary(a: Array, which: int) -> Array:
     """The q in (0, 10) where one of the four ends of `_quarter_period` vanishes, the only zero it has there."""
     end = lambda q: _quarter_period(a, q)[which]

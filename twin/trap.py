@@ -23,7 +23,16 @@ from jaxtyping import Array, Bool, Float
 from scipy import constants
 
 from twin import mathieu
-from twin.batching import batch_shape, check_not_negative, check_positive, check_values, is_traced, physical, real_array
+from twin.batching import (
+    batch_shape,
+    broadcast_batch,
+    check_not_negative,
+    check_positive,
+    check_values,
+    is_traced,
+    physical,
+    real_array,
+)
 from twin.ion import YB171
 from twin.micromotion import ExcessMicromotion
 
@@ -141,7 +150,8 @@ class AbstractTrap(eqx.Module):
         """
         check_positive("mass_kg", mass_kg, "kilograms")
         scale = self.mass_kg / real_array(mass_kg)
-        return mathieu.characteristic_exponent(self.a * scale, self.q * scale) * self.rf_hz / 2
+        a, q = broadcast_batch((self.a, self.q), jnp.broadcast_shapes(batch_shape(self), scale.shape), 1)
+        return mathieu.characteristic_exponent(a * scale, q * scale) * self.rf_hz / 2
 
     def excess_micromotion(self, stray_field_v_per_m, wavevector_rad_m, *, lowest_order=False) -> ExcessMicromotion:
         """Micromotion of an ion that a static field pushes off the rf null, and what a laser beam sees of it.
@@ -158,13 +168,18 @@ class AbstractTrap(eqx.Module):
         Returns:
             Displacements, amplitudes, modulation index and Bessel factors; NaN along axes that are not stable.
         """
-        field, wavevector = _vector("stray_field_v_per_m", stray_field_v_per_m), _vector("wavevector", wavevector_rad_m)
+        field = _vector("stray_field_v_per_m", stray_field_v_per_m)
+        wavevector = _vector("wavevector_rad_m", wavevector_rad_m)
+        shape = jnp.broadcast_shapes(batch_shape(self), field.shape[1:], wavevector.shape[1:])
+        a, q, secular, field, wavevector = broadcast_batch(
+            (self.a, self.q, self.secular_hz, field, wavevector), shape, 1
+        )
         acceleration = constants.elementary_charge * field / self.mass_kg
         if lowest_order:
-            displacement = acceleration / (2 * jnp.pi * self.secular_hz) ** 2
-            amplitude = -self.q / 2 * displacement
+            displacement = acceleration / (2 * jnp.pi * secular) ** 2
+            amplitude = -q / 2 * displacement
         else:
-            d = mathieu.driven_coefficients(self.a, self.q, harmonics=1)
+            d = mathieu.driven_coefficients(a, q, harmonics=1)
             displacement, amplitude = d * acceleration / (jnp.pi * self.rf_hz) ** 2
         return ExcessMicromotion(displacement, amplitude, jnp.sum(wavevector * amplitude, axis=0))
 
@@ -186,7 +201,9 @@ class AbstractTrap(eqx.Module):
         else:
             where = f"q must lie between {low:.4g} and {high:.4g} for this a"
             strong = abs(q[at]) >= high
-            remedy = "lower the rf voltage or raise the rf" if strong else "raise the rf voltage or lower the static ones"
+            remedy = (
+                "lower the rf voltage or raise the rf" if strong else "raise the rf voltage or lower the static ones"
+            )
         axis = f"along {_AXES[at[0]]}: a = {a[at]:.4g}, q = {q[at]:.4g}"
         raise ValueError(f"The trap does not hold the ion {axis}, but {where}; {remedy}.")
 
@@ -259,6 +276,22 @@ class LinearTrap(AbstractTrap):
         return jnp.where(self.stable, jnp.min(energies, axis=0) / _ELECTRON_VOLT, jnp.nan)
 
 
+@jax.jit
+def _q_of_exponents(x: Array, y: Array, z: Array) -> Array:
+    """The q at which the a that belong to three exponents add up to zero."""
+    trace = lambda q: mathieu.characteristic_value(x, q) + mathieu.characteristic_value(y, q) + z**2
+
+    def newton(q):
+        value, slope = jax.jvp(trace, (q,), (jnp.ones_like(q),))
+        return q - value / slope
+
+    # Concave and falling in q, so that Newton's steps converge from anywhere.
+    start = jax.lax.stop_gradient(jnp.sqrt(x**2 + y**2 + z**2))
+    q = jax.lax.stop_gradient(jax.lax.fori_loop(0, _NEWTON_STEPS, lambda _, q: newton(q), start))
+    # Two more bring first and second derivatives.
+    return newton(newton(q))
+
+
 class HarmonicTrap(AbstractTrap):
     """A trap known by its measured secular frequencies.
 
@@ -294,31 +327,17 @@ class HarmonicTrap(AbstractTrap):
         return jnp.broadcast_to(self.frequencies_hz, (3, *batch_shape(self)))
 
     @property
-    def _radial_q(self) -> Float[Array, "..."]:
-        x, y, z = self.beta
-        trace = lambda q: mathieu.characteristic_value(x, q) + mathieu.characteristic_value(y, q) + z**2
-
-        def newton(q):
-            value, slope = jax.jvp(trace, (q,), (jnp.ones_like(q),))
-            return q - value / slope
-
-        # Concave and falling in q, so that Newton's steps converge from anywhere.
-        start = jax.lax.stop_gradient(jnp.sqrt(x**2 + y**2 + z**2))
-        q = jax.lax.stop_gradient(jax.lax.fori_loop(0, _NEWTON_STEPS, lambda _, q: newton(q), start))
-        # Two more bring first and second derivatives.
-        return newton(newton(q))
-
-    @property
     def a(self) -> Axes:
         """Static Mathieu parameters; NaN without `rf_hz`."""
         x, y, z = self.beta
-        q = self._radial_q
+        q = _q_of_exponents(x, y, z)
         return jnp.stack([mathieu.characteristic_value(x, q), mathieu.characteristic_value(y, q), z**2])
 
     @property
     def q(self) -> Axes:
         """Mathieu parameters of the rf; NaN without `rf_hz`."""
-        q = self._radial_q
+        x, y, z = self.beta
+        q = _q_of_exponents(x, y, z)
         return jnp.stack([q, -q, jnp.zeros_like(q)])
 
     @property
