@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -465,3 +466,16 @@ def test_derivatives_of_bessel_functions():
     for x in (0.0, 0.0346, 2.4):
         assert jax.grad(bessel_j, 1)(0, x) == pytest.approx(-jv(1, x), abs=1e-14)
         assert jax.grad(jax.grad(bessel_j, 1), 1)(0, x) == pytest.approx((jv(2, x) - jv(0, x)) / 2, abs=1e-14)
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_example_of_the_page(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "trap.md").read_text(encoding="utf-8")
+    code, printed = page.split("```python\n")[1].split("```\n")[0], page.split("\n```\n")[2]
+    exec(compile(code, "docs/trap.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == printed.strip()
+    with pytest.raises(ValueError) as refused:
+        dataclasses.replace(SURFACE, rf_voltage_v=400.0).check()
+    assert str(refused.value) in page.replace("\n", " ")

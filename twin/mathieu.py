@@ -77,8 +77,8 @@ def _in_first_region(a: Array, q: Array, ends: tuple[Array, Array, Array, Array]
 def characteristic_exponent(a: Input, q: Input) -> Output:
     """Exponent beta in (0, 1) of the first stability region; the secular frequency is beta f_rf/2.
 
-    Exact to rounding for |q| < 1, to 1e-12 for |q| < 4. Beyond, the region is so narrow that rounding in `a` itself
-    matters: 1e-10 at |q| = 10.
+    Largest error against power series of 50 digits, for exponents of 0.02 to 0.98: 8e-15 for |q| < 0.9, 4e-14 to
+    |q| = 2, 2e-13 to 4; at |q| = 10, where the region is 4e-4 wide, 7e-11.
 
     Args:
         a, q: of the Mathieu equation, any sign.
