@@ -12,6 +12,8 @@ Laplace's equation, and c4 brings with it c4 (z^4 - 3 z^2 r^2 + 3 r^4/8). A mode
 participation b_im, the orthonormal eigenvectors of K_ij/sqrt(m_i m_j), so that q_i = b_im Q_m/sqrt(m_i).
 """
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -149,7 +151,9 @@ class Modes(eqx.Module):
         # A comparison with NaN is false.
         return (squares > _ROUNDING * jnp.max(jnp.abs(squares), axis=1, keepdims=True)).ravel()
 
-    def lamb_dicke(self, wavenumber_rad_m: ArrayLike, direction: ArrayLike) -> Float[Array, "ions modes"]:
+    def lamb_dicke(
+        self, wavenumber_rad_m: ArrayLike, direction: ArrayLike | Sequence[float]
+    ) -> Float[Array, "ions modes"]:
         """Lamb-Dicke parameters eta_im = k (n . e_m) b_im sqrt(hbar/(2 m_i omega_m)), with the sign of b_im.
 
         Args:
@@ -208,8 +212,8 @@ class Modes(eqx.Module):
         if not stable[2]:
             raise ValueError(
                 f"a chain at rest with {chain.ions} ion(s) is not stable along z: a mode has the squared frequency "
-                f"{float(squares[2].min()):.6g} Hz^2; raise `secular_hz[2]`, or take another number of ions, so that none "
-                "sits on top of a barrier."
+                f"{float(squares[2].min()):.6g} Hz^2; raise `secular_hz[2]`, or take another number of ions, so that "
+                "none sits on top of a barrier."
             )
         for axis in np.flatnonzero(~stable):
             # A higher k_rf lifts every squared frequency by at least what it lifts that of the heaviest ion alone.
