@@ -25,7 +25,7 @@ from twin.planning import ClosedForm
 # Keeps the derivative of sqrt(1 - correlation^2) finite at full correlation; means move by less than this.
 _CORRELATION_SHIFT = 1e-14
 _MOST_NODES = 48
-Nodes = tuple[int, int, int, int]
+Nodes = tuple[int, ...]
 
 
 class SlowNoise(eqx.Module):
@@ -288,8 +288,7 @@ def nodes_for(noise: SlowNoise, areas_rad: tuple, sigmas_s: tuple, error: float)
         (pair, lambda std, n: 2 * detuning_error(std, 1.0, area, n)),
         (d_2 * sigma_2 * own_d, lambda std, n: detuning_error(std, 1.0, area, n)),
     ]
-    n_1, n_2, n_3, n_4 = (_fewest(std, rule, error / 4) for std, rule in rules)
-    return n_1, n_2, n_3, n_4
+    return tuple(_fewest(std, rule, error / 4) for std, rule in rules)
 
 
 def _fewest(std: float, rule, error: float) -> int:
