@@ -151,8 +151,8 @@ def test_gradients_against_finite_differences(line):
             step = 1e-5 * np.eye(4)[k]
             assert slope[k] == pytest.approx(float(mean(at + step) - mean(at - step)) / 2e-5, abs=2e-9), (n_bar, k)
         if n_bar == 0:
-            # One-sided: an occupation cannot be negative.
-            assert slope[3] == pytest.approx(float(mean(at.at[3].add(1e-6)) - mean(at)) / 1e-6, rel=1e-4)
+            # One-sided: an occupation cannot be negative. The faster mode goes with n_bar^1.7.
+            assert slope[3] == pytest.approx(float(mean(at.at[3].add(1e-6)) - mean(at)) / 1e-6, rel=5e-3)
 
 
 # ------------------------------------------------------------------------------------------------ in the device

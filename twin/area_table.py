@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -89,14 +90,19 @@ def averaged(
         table: of the device at rest.
         factor_1, factor_2, weights: of each draw, shape (draws, *S); NaN weights make the table invalid.
     """
-    n, m = len(table.first), len(table.residual)
-    size = max(n, m)
+    size = max(len(table.first), len(table.residual))
     nodes = np.append(points(size - 1), 0.0)
     at = lambda factor: jnp.asarray(nodes).reshape((-1,) + (1,) * factor.ndim) * factor
-    shape = jnp.broadcast_shapes(factor_1.shape[1:], factor_2.shape[1:], weights.shape[1:], table.theta_1.shape)
-    spread = lambda a: jnp.broadcast_to(a, (*a.shape[: a.ndim - len(shape)], *shape)) if a.ndim > len(shape) else a
-    factor_1, factor_2, weights = (spread(f.reshape(f.shape[:1] + (1,) * (len(shape) + 1 - f.ndim) + f.shape[1:]))
-                                   for f in (factor_1, factor_2, weights))  # fmt: skip
+    own = table.theta_1.shape
+    shape = jnp.broadcast_shapes(factor_1.shape[1:], factor_2.shape[1:], weights.shape[1:], own)
+
+    def spread(a: Array, batch: tuple[int, ...]) -> Array:
+        """Leading axes before the whole batch."""
+        lead = a.shape[: a.ndim - len(batch)]
+        return jnp.broadcast_to(a.reshape(lead + (1,) * (len(shape) - len(batch)) + batch), lead + shape)
+
+    table = jax.tree.map(lambda a: spread(a, own), table)
+    factor_1, factor_2, weights = (spread(f, f.shape[1:]) for f in (factor_1, factor_2, weights))
     # Basis functions of each draw at the nodes, shape (orders, nodes, draws, *S).
     even, odd = even_basis(at(factor_1), size), _odd(at(factor_1), size)
     even_2 = even_basis(at(factor_2), size)
@@ -105,7 +111,7 @@ def averaged(
     first, second = (grown(c, size, 1) for c in (table.first_coherence, table.second_coherence))
     product = lambda a, b: jnp.einsum("j...,k...->jk...", first[:, a], second[:, b])
     turned = jnp.stack([product(0, 0) - product(1, 1), product(0, 1) + product(1, 0)], axis=2)
-    if m:
+    if len(table.residual):
         full = full + grown(table.residual, size, 2)
         turned = turned + grown(table.residual_coherence, size, 2)
 
@@ -122,15 +128,14 @@ def averaged(
     alone, alone_coherence = one(table.alone, even), one(table.alone_coherence, odd)
     residual, residual_coherence = both(full, even), both(turned, odd)
     complete = jnp.isfinite(jnp.sum(weights, axis=0))
-    nothing = lambda a: jnp.zeros((*a.shape[: a.ndim - table.theta_1.ndim], *shape))
     return dataclasses.replace(
         table,
         alone=series(alone),
         alone_coherence=odd_series(alone_coherence[:-1]),
-        first=nothing(table.first),
-        first_coherence=nothing(table.first_coherence),
-        second=nothing(table.second),
-        second_coherence=nothing(table.second_coherence),
+        first=jnp.zeros_like(table.first),
+        first_coherence=jnp.zeros_like(table.first_coherence),
+        second=jnp.zeros_like(table.second),
+        second_coherence=jnp.zeros_like(table.second_coherence),
         residual=series(by_second(residual)),
         residual_coherence=odd_series(by_second(residual_coherence)[:-1]),
         valid=table.valid & complete,

@@ -161,12 +161,13 @@ def carrier_factors(
         beams.append((slowed, low, jnp.exp(-jnp.sum(eta**2, axis=0) / 2)))
     weights = _weights([(jnp.swapaxes(slowed, 0, 1), low) for slowed, low, _ in beams], jnp.swapaxes(p, 0, 1), motion)
     grids = [_grid(low, motion.factors) * scale for _, low, scale in beams]
-    each = lax.stop_gradient(jnp.abs(real_array(area_rad))) * len(pulses) / len(beams)
+    area = lax.stop_gradient(jnp.abs(real_array(area_rad)))
+    each = area * len(pulses) / len(beams)
     stated = sum(truncation(each * (1 - low) / 2, motion.factors) for _, low, _ in beams)
     if motion.coherent is None:
         width = jnp.sqrt(lax.stop_gradient(thermal * (thermal + 1)))
         heat = [spread(motion.lamb_dicke(beam)) ** 2 * width for beam, _ in pulses]
-        stated = stated + jnp.sum(quadrature_error(each * sum(heat) / len(heat), motion.numbers), axis=0)
+        stated = stated + jnp.sum(quadrature_error(area * sum(heat), motion.numbers), axis=0)
     if len(beams) == 1:
         factors = grids * len(pulses)
     else:
@@ -295,17 +296,17 @@ def planned(motion: Motion, n_bar, area_rad: float, error: float) -> Motion:
     n = motion.occupation(real_array(n_bar))
     each = area_rad * (2 if motion.line else 1)
     coherent = None if motion.coherent is None else _aligned(motion.coherent, n.ndim - 1)
-    lows, heat = [], 0.0
+    lows, heat = [], jnp.zeros(())
     for beam in (1, 2):
         eta = _aligned(motion.lamb_dicke(beam), n.ndim - 1)
         lows.append(float(jnp.min(lowest(eta, n, coherent))))
-        heat = max(heat, float(jnp.max(eta**2 * jnp.sqrt(n * (n + 1)))))
+        heat = heat + eta**2 * jnp.sqrt(n * (n + 1))
     factors = factors_for(min(lows), each, error / 4)
     if coherent is not None:
         numbers = int(jnp.max(n + coherent + _TAIL * (n + 1) + 10 * jnp.sqrt(coherent * (2 * n + 1)) + 12))
     else:
         modes = len(motion.eta_1)
-        sizes = (k for k in range(2, 129) if modes * quadrature_error(jnp.asarray(each * heat), k) <= error / 4)
+        sizes = (k for k in range(2, 129) if modes * quadrature_error(area_rad * jnp.max(heat), k) <= error / 4)
         numbers = next(sizes, 0)
     if not 0 < numbers <= _MOST_NUMBERS:
         raise ValueError(
