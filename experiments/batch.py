@@ -176,7 +176,7 @@ def _batch(
     together: bool,
 ) -> dict[str, jax.Array]:
     """Metrics and validity of the first `count` points of a chunk; a bad point is NaN and spoils no other."""
-    x_set = sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period)
+    x_set = sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period, delay_cycles=loop.delay_cycles)
     last = last_period(loop)
 
     def one(numbers, k) -> dict[str, jax.Array]:

@@ -8,11 +8,14 @@ import numpy as np
 from calibration.data import LoopTable
 from calibration.hardware import Hardware
 from experiments.schema import Config
+from experiments.trapped import moving_in_trap, register_from
 from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
+from twin.motion import nodes_for
 
-PHONON_NODES = 8  # quadrature nodes of the thermal average; they serve mean phonon numbers up to 20
+PHONON_NODES = 8  # least number of quadrature nodes of the thermal average
+_MARGIN = 1.1  # on areas, for neighbours' light and drawn devices
 
 # Keys of [device] that are fields of the ion's device under the same name.
 _ION_FIELDS = (
@@ -42,7 +45,7 @@ _ION_FIELDS = (
 _LINEWIDTHS = ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz")
 
 
-def memory_from(config: Config, window_cycles: float | None = None) -> AbstractMemory:
+def memory_from(config: Config, window_cycles: float | np.ndarray | None = None) -> AbstractMemory:
     """The feedback kernel of a configuration.
 
     Args:
@@ -62,8 +65,10 @@ def settings_table(config: Config, *, windows: bool) -> LoopTable:
     """
     assert config.simulate is not None
     columns: dict[str, list[np.ndarray]] = {}
-    for loop in config.simulate.loops:
-        x = np.asarray(sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period))
+    for loop in config.loops:
+        x = np.asarray(
+            sine_input(periods=loop.periods, cycles_per_period=loop.cycles_per_period, delay_cycles=loop.delay_cycles)
+        )
         every = lambda value, x=x: np.full(len(x), value)
         own = {
             "loop": every(loop.label), "cycle": np.arange(len(x)), "x_set": x, "shots": every(max(loop.shots, 1)),
@@ -102,15 +107,17 @@ def device_from(config: Config) -> AbstractMemristor:
     """The memristor of a configuration, with its own memory.
 
     Args:
-        config: the tables [device] and [memory] are read; [fit] and [sweep] tell whether `n_bar` will vary.
+        config: the tables [device] and [memory] are read, and those of the trap; [fit] and [sweep] tell whether `n_bar`
+            will vary.
 
     Returns:
-        A `PhotonicMemristor` or an `IonMemristor`. Of the latter the method is that of `engine`: "closed_form", the
-        Lindblad equation at `error`, cycle by cycle or as a series in the pulse areas, whichever costs less; or, for
-        "auto", the closed form where `error` allows it.
+        A `PhotonicMemristor`, an `IonMemristor`, or the `Register` of a chain all of whose ions are memristors. Of ions
+        the method is that of `engine`: "closed_form", the Lindblad equation at `error`, cycle by cycle or as a series
+        in the pulse areas, whichever costs less; or, for "auto", the closed form where `error` allows it.
 
     Raises:
-        ValueError: a value that the tables allow but the device refuses; one sentence.
+        ValueError: a value that the tables allow but the device refuses, a trap that does not hold its ions; one
+            sentence.
     """
     table = config.device
     memory, source = memory_from(config), config.memory.source
@@ -127,15 +134,45 @@ def device_from(config: Config) -> AbstractMemristor:
         "closed_form": ClosedForm,
         "lindblad": lambda: Lindblad(table.error),
     }
-    varied = {*(config.fit.free if config.fit else ()), *(config.sweep.parameters if config.sweep else ())}
-    moving = table.n_bar > 0 or table.heating_rate_per_s > 0 or "n_bar" in varied
+    fields: dict[str, Any] = {name: getattr(table, name) for name in _ION_FIELDS}
+    fields |= {name: getattr(table, name) or 0.0 for name in _LINEWIDTHS}
+    hottest = _hottest(config)
+    if config.trap is not None:
+        fields |= moving_in_trap(config, hottest)
+    else:
+        fields["phonon_nodes"] = _phonon_nodes(config, hottest)
+    ion = IonMemristor(memory=memory, source=source, method=methods[table.engine](), **fields)
+    return register_from(config, ion) if config.register_of else ion
+
+
+def _hottest(config: Config) -> float:
+    """The largest mean phonon number at preparation that a verb will ask for."""
+    boxes = [config.fit.free.get("n_bar") if config.fit else None]
+    if config.sweep and (axis := config.sweep.parameters.get("n_bar")):
+        boxes.append((axis.low, axis.high))
     if config.optimize and config.optimize.robust and config.optimize.robust.n_bar:
-        moving = True
-    return IonMemristor(
-        memory=memory,
-        source=source,
-        method=methods[table.engine](),
-        phonon_nodes=PHONON_NODES if moving else 1,
-        **{name: getattr(table, name) for name in _ION_FIELDS},
-        **{name: getattr(table, name) or 0.0 for name in _LINEWIDTHS},
-    )
+        boxes.append(tuple(config.optimize.robust.n_bar))
+    return max([config.device.n_bar, *(box[1] for box in boxes if box)])
+
+
+def _phonon_nodes(config: Config, hottest: float) -> int:
+    """Quadrature nodes of one mode for its largest mean phonon number, heating included."""
+    table = config.device
+    gained = table.heating_rate_per_s * (table.lead_s + table.separation_s)
+    if hottest + gained == 0:
+        return 1
+    eta = max([table.eta_1, table.eta_2, *(config.fit.free[k][1] for k in ("eta_1", "eta_2")
+                                           if config.fit and k in config.fit.free)])  # fmt: skip
+    return max(PHONON_NODES, nodes_for(hottest + gained, eta, largest_area(config), table.error))
+
+
+def largest_area(config: Config) -> float:
+    """Largest area of a pulse, rad, that the device of a configuration will play."""
+    scales = [config.device.rabi_scale_1, config.device.rabi_scale_2]
+    for name in ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2"):
+        for boxes in (config.fit.free if config.fit else {}, config.optimize.bounds if config.optimize else {}):
+            if name in boxes:
+                scales.append(boxes[name][1])
+    if config.chain is not None:
+        scales += [max(values) for name, values in config.chain.each.items() if name.startswith("rabi_scale")]
+    return math.pi * max(scales) * _MARGIN

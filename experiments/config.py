@@ -38,6 +38,7 @@ __all__ = [
 
 VERBS: dict[str, tuple[str, ...]] = {
     "simulate": ("device", "memory", "simulate"),
+    "trap": ("trap",),
     "fit": ("device", "memory", "data", "fit", "uncertainty"),
     "coverage": ("device", "memory", "fit", "simulate", "coverage"),
     "design": ("device", "memory", "design"),
@@ -46,6 +47,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "track": ("device", "memory"),
 }
 """Tables that a verb reads; the optional ones among them must be given."""
+_TRAPPED = ("simulate", "fit", "optimize", "sweep", "trap")
 
 
 def load_config(
@@ -240,6 +242,9 @@ def describe(verb: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
         ]  # fmt: skip
     if verb == "sweep":
         tables.append(("[sweep.loop]", Loop))
+    if verb in _TRAPPED:
+        tables += [(f"[{name}]", TABLES[name]) for name in ("trap", "chain", "motion", "crosstalk")
+                   if name not in VERBS[verb]]  # fmt: skip
     return [
         (title, model.__doc__ or "", [_describe_key(*item) for item in _properties(model)]) for title, model in tables
     ]

@@ -25,6 +25,7 @@ from experiments.schema_device import (
     number,
     within,
 )
+from experiments.schema_trap import Chain, Crosstalk, Motion, Trap
 
 _SEED = 2**63 - 1
 _LARGEST_SWEEP = 10_000_000
@@ -126,6 +127,7 @@ class Loop(Table):
     periods: int = number(3, 1, 10_000, "", "periods of the input")
     cycles_per_period: int = number(40, 4, 100_000, "", "cycles in one period of the input")
     window_cycles: float | None = number(None, 1.0, 1e6, "cycles", "memory window (default: that of [memory])")
+    delay_cycles: float = number(0.0, 0.0, 1e6, "cycles", "how far the input lags behind; of a register's ion, say")
     detuning_1_set_hz: float = number(0.0, -TUNING, TUNING, "Hz", "known offset of laser 1, laser minus line")
     detuning_2_set_hz: float = number(0.0, -TUNING, TUNING, "Hz", "known offset of laser 2, laser minus line")
     shots: int = number(0, 0, 10**9, "", "repetitions of each cycle; 0 gives probabilities without shot noise")
@@ -193,6 +195,10 @@ class Config(Table):
     optimize: Optimize | None = Field(None, description="pulse design")
     hardware: Hardware | None = Field(None, description="what generator and modulator allow")
     sweep: Sweep | None = Field(None, description="batches")
+    trap: Trap | None = Field(None, description="the Paul trap")
+    chain: Chain | None = Field(None, description="the ions in it")
+    motion: Motion | None = Field(None, description="the beams, and what they see of the motion")
+    crosstalk: Crosstalk | None = Field(None, description="light at the neighbours of a register's ions")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -203,6 +209,7 @@ class Config(Table):
             for name in names:
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
+        self._trap_fits()
         if self.data and self.data.scans and self.device.platform == "photonic":
             raise Refusal("data.scans", "are measured on an ion, but device.platform is 'photonic'; remove them")
         for k, name in enumerate(self.uncertainty.profile):
@@ -230,6 +237,57 @@ class Config(Table):
                 raise Refusal(f"optimize.bounds.{name}", reason)
         return self
 
+    @property
+    def loops(self) -> list[Loop]:
+        """The loops of [simulate]; of a register one for each ion, labelled by its number if one was given for all."""
+        loops = list(self.simulate.loops) if self.simulate is not None else []
+        if self.register_of and len(loops) == 1:
+            lag = loops[0].delay_cycles
+            loops = [
+                loops[0].model_copy(update={"label": f"{loops[0].label} {k + 1}", "delay_cycles": k * lag})
+                for k in range(self.register_of)
+            ]
+        return loops
+
+    @property
+    def register_of(self) -> int:
+        """Number of ions of a register; 0 for a single memristor."""
+        return self.chain.ions if self.chain is not None and self.chain.memristors == "all" else 0
+
+    def _trap_fits(self) -> None:
+        """Refuses tables of the trap that contradict each other or the device."""
+        given = [name for name in ("trap", "chain", "motion", "crosstalk") if getattr(self, name) is not None]
+        if given and self.device.platform == "photonic":
+            raise Refusal(given[0], "has no meaning for device.platform = 'photonic'; remove it")
+        for name in given:
+            if name in ("chain", "motion") and self.trap is None:
+                raise Refusal("trap", f"is missing, which [{name}] needs; add a table [trap]")
+        if self.crosstalk is not None and not self.register_of:
+            raise Refusal("crosstalk", "needs the ions of a register; add [chain] with memristors = 'all'")
+        if self.crosstalk is not None and self.crosstalk.pointing_m is not None:
+            if len(self.crosstalk.pointing_m) != self.register_of:
+                reason = f"has {len(self.crosstalk.pointing_m)} numbers, but the chain has {self.register_of} ions"
+                raise Refusal("crosstalk.pointing_m", reason)
+        if self.trap is None:
+            return
+        for name in ("eta_1", "eta_2"):
+            if getattr(self.device, name) > 0:
+                raise Refusal(f"device.{name}", "is given, but [trap] and [motion] tell it; remove either")
+        if self.trap.field_noise_v2_per_m2_hz > 0 and self.device.heating_rate_per_s > 0:
+            raise Refusal("device.heating_rate_per_s", "is given beside trap.field_noise_v2_per_m2_hz; remove either")
+        loops = self.simulate.loops if self.simulate is not None and self.register_of else []
+        if loops and len(loops) not in (1, self.register_of):
+            reason = (
+                f"has {len(loops)} loops, but a register of {self.register_of} ions takes one for all or one for each"
+            )
+            raise Refusal("simulate.loops", reason)
+        for key in ("periods", "cycles_per_period", "shots"):
+            if len({getattr(loop, key) for loop in loops}) > 1:
+                raise Refusal(f"simulate.loops.{key}", "differs from loop to loop, but the ions play at the same time")
+        for verb in ("sweep", "optimize", "design", "coverage"):
+            if self.register_of and getattr(self, verb) is not None:
+                raise Refusal(f"{verb}", "is made for one memristor; set chain.memristors = 'one'")
+
     def _unusable(self, name: str) -> str:
         """Why a parameter has no meaning for this device; empty when it has one."""
         photonic = self.device.platform == "photonic"
@@ -241,6 +299,8 @@ class Config(Table):
             "outlier_share",
         ):
             return "has no meaning for device.platform = 'photonic'; remove it"
+        if name in ("eta_1", "eta_2") and self.trap is not None:
+            return "follows from [trap] and [motion]; remove it"
         two = self.device.laser_linewidth_hz is None
         if name == "laser_linewidth_hz" and two:
             return "belongs to one source, but [device] has two; name laser_linewidth_1_hz or laser_linewidth_2_hz"
@@ -271,5 +331,9 @@ TABLES: dict[str, type[Table]] = {
     "optimize": Optimize,
     "hardware": Hardware,
     "sweep": Sweep,
+    "trap": Trap,
+    "chain": Chain,
+    "motion": Motion,
+    "crosstalk": Crosstalk,
 }
 """The tables of a configuration by name."""

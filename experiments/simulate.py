@@ -6,6 +6,7 @@ report, and, where shots were taken, ``table.csv``: a loop table that `iontwin f
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +30,7 @@ from twin.loop import run as run_loop
 from twin.memristor import IonMemristor, planned
 from twin.planning import SOLVES_OF_CYCLE
 from twin.readout import standard_error
+from twin.register import Register
 
 TABLE = "table.csv"
 
@@ -68,19 +70,21 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
     """
     assert config.simulate is not None
     clock = Stopwatch()
-    settings = config.simulate.loops
+    settings = config.loops
     largest = max(max(abs(s.detuning_1_set_hz), abs(s.detuning_2_set_hz)) for s in settings)
     # One grid for the offsets of all loops, so that loops of one length are one program.
     cycles = min(one.periods * one.cycles_per_period + 1 for one in settings)
-    device = planned(device_from(config), {}, detuning_set_hz=largest, solves=SOLVES_OF_CYCLE * cycles)
-    devices, loops, metrics = [], [], {}
-    for k, one in enumerate(settings):
-        out.log(f"loop {k + 1} of {len(settings)}, {one.label!r}: {one.periods * one.cycles_per_period + 1} cycles")
-        twin = dataclasses.replace(device, memory=memory_from(config, one.window_cycles))
-        loop = _loop(twin, one, jax.random.fold_in(jax.random.key(seed), k))
-        devices.append(twin)
-        loops.append(loop)
-        metrics[one.label] = _metrics(twin, one, loop)
+    device = device_from(config)
+    if isinstance(device, Register):
+        devices, loops = _register_loops(config, device, settings, out, seed)
+    else:
+        device = planned(device, {}, detuning_set_hz=largest, solves=SOLVES_OF_CYCLE * cycles)
+        devices, loops = list[AbstractMemristor](), list[Loop]()
+        for k, one in enumerate(settings):
+            out.log(f"loop {k + 1} of {len(settings)}, {one.label!r}: {one.periods * one.cycles_per_period + 1} cycles")
+            devices.append(dataclasses.replace(device, memory=memory_from(config, one.window_cycles)))
+            loops.append(_loop(devices[-1], one, jax.random.fold_in(jax.random.key(seed), k)))
+    metrics = {one.label: _metrics(twin, one, loop) for one, twin, loop in zip(settings, devices, loops, strict=True)}
     arrays = _arrays(settings, devices, loops)
     out.write_arrays(arrays)
     if any(one.shots for one in settings):
@@ -104,11 +108,43 @@ def run(config: Config, out: RunFolder, seed: int) -> dict[str, Any]:
 def _loop(device: AbstractMemristor, settings: LoopSettings, key: jax.Array) -> Loop:
     return run_loop(
         device,
-        sine_input(periods=settings.periods, cycles_per_period=settings.cycles_per_period),
+        _input(settings),
         detuning_1_set_hz=settings.detuning_1_set_hz,
         detuning_2_set_hz=settings.detuning_2_set_hz,
         shots=settings.shots or None,
         key=key if settings.shots else None,
+    )
+
+
+def _register_loops(
+    config: Config, register: Register, settings: list[LoopSettings], out: RunFolder, seed: int
+) -> tuple[Sequence[AbstractMemristor], list[Loop]]:
+    """All ions of a register at the same time; for each ion a device that has its memory, and its loop."""
+    cycles = settings[0].periods * settings[0].cycles_per_period + 1
+    out.log(f"{register.count} ions at the same time: {cycles} cycles")
+    own = np.broadcast_to(np.asarray(value_of(register.ion, "window_cycles")), (register.count,))
+    windows = [w if one.window_cycles is None else one.window_cycles for one, w in zip(settings, own, strict=True)]
+    every = np.array(windows) if len(set(windows)) > 1 else windows[0]
+    register = dataclasses.replace(register, ion=dataclasses.replace(register.ion, memory=memory_from(config, every)))
+    column = lambda name: np.array([[getattr(one, name) for one in settings]])
+    offsets = {name: np.broadcast_to(column(name), (cycles, register.count)) if np.any(column(name)) else 0.0
+               for name in ("detuning_1_set_hz", "detuning_2_set_hz")}  # fmt: skip
+    shots = settings[0].shots or None
+    together = run_loop(
+        register,
+        jnp.stack([_input(one) for one in settings], axis=-1),
+        shots=shots,
+        key=jax.random.key(seed) if shots else None,
+        **offsets,
+    )
+    pick = lambda k: jax.tree.map(lambda a: a[..., k], together)
+    devices = [dataclasses.replace(register.ion, memory=memory_from(config, float(w))) for w in windows]
+    return devices, [pick(k) for k in range(register.count)]
+
+
+def _input(settings: LoopSettings) -> jax.Array:
+    return sine_input(
+        periods=settings.periods, cycles_per_period=settings.cycles_per_period, delay_cycles=settings.delay_cycles
     )
 
 
@@ -172,7 +208,7 @@ def _metrics(device: AbstractMemristor, settings: LoopSettings, loop: Loop) -> d
     return {name: value if isinstance(value, int | str) else float(value) for name, value in found.items()}
 
 
-def _arrays(settings: list[LoopSettings], devices: list[AbstractMemristor], loops: list[Loop]) -> xr.Dataset:
+def _arrays(settings: list[LoopSettings], devices: Sequence[AbstractMemristor], loops: list[Loop]) -> xr.Dataset:
     """Every cycle of every loop as one row; NaN where nothing was measured."""
     parts = []
     for one, device, loop in zip(settings, devices, loops, strict=True):

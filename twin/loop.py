@@ -296,9 +296,9 @@ def _stream(device: AbstractMemristor, state, x_set, settings: Settings) -> Loop
     return _loop(device, x_set, r, first, second, (p_x, p_y), (None, None))
 
 
-def sine_input(*, periods: int, cycles_per_period: int) -> Float[Array, " cycles"]:
-    """Commanded inputs `x = sin^2(pi k / K)`, k = 0 ... periods K: a linear ramp of the area of pulse 1."""
-    k = jnp.arange(periods * cycles_per_period + 1)
+def sine_input(*, periods: int, cycles_per_period: int, delay_cycles: float = 0.0) -> Float[Array, " cycles"]:
+    """Commanded inputs `x = sin^2(pi (k - delay) / K)`, k = 0 ... periods K: a linear ramp of the area of pulse 1."""
+    k = jnp.arange(periods * cycles_per_period + 1) - delay_cycles
     return jnp.sin(jnp.pi * k / cycles_per_period) ** 2
 
 

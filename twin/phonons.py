@@ -43,6 +43,7 @@ class Motion(eqx.Module):
         frequency_ratio: frequency of each mode over that of the reference mode.
         heating_share: phonons that each mode gains while the reference mode gains one; None without heating.
         coherent: mean phonon numbers |alpha|^2 of the displacements, of random phase against the pulses; None for none.
+        carrier_1, carrier_2: what excess micromotion leaves of each beam's carrier, a factor of its Rabi frequency.
         factors: nodes of the grid for each pulse: `factors_for`.
         numbers: phonon numbers of each mode: nodes of a Gauss quadrature, or 0 ... numbers - 1 with `coherent`.
         error: of populations; averages whose stated error is larger are flagged, and NaN.
@@ -53,6 +54,8 @@ class Motion(eqx.Module):
     frequency_ratio: Float[Array, "modes ..."] = physical(1, default=(1.0,))
     heating_share: Float[Array, "modes ..."] | None = physical(1, default=None)
     coherent: Float[Array, "modes ..."] | None = physical(1, default=None)
+    carrier_1: Float[Array, "..."] = physical(default=1.0)
+    carrier_2: Float[Array, "..."] = physical(default=1.0)
     factors: int = eqx.field(static=True, default=20)
     numbers: int = eqx.field(static=True, default=12)
     error: float = eqx.field(static=True, default=1e-8)
@@ -63,7 +66,7 @@ class Motion(eqx.Module):
             value = getattr(self, name)
             if value is not None and (value.ndim == 0 or value.shape[0] not in (1, modes)):
                 raise ValueError(f"`{name}` must have the leading axis {modes}, one a mode, but has {value.shape}.")
-            if name != "frequency_ratio" and name[:3] != "eta":
+            if name in ("heating_share", "coherent"):
                 check_not_negative(name, value, "a plain number")
         check_positive("frequency_ratio", self.frequency_ratio, "a plain number")
 
@@ -175,6 +178,8 @@ def carrier_factors(
         first, second = (jnp.broadcast_to(grid, shape) for grid in grids)
         n = motion.factors
         factors = [jnp.repeat(first, n, axis=0), jnp.tile(second, (n,) + (1,) * (second.ndim - 1))]
+    carriers = (motion.carrier_1, motion.carrier_2)
+    factors = [carriers[beam - 1] * factor for (beam, _), factor in zip(pulses, factors, strict=True)]
     complete = jnp.abs(jnp.sum(weights, axis=0) - 1) <= 10 * motion.error
     return factors, jnp.where((stated <= motion.error) & complete, weights, jnp.nan)
 
