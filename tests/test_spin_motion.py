@@ -1,0 +1,184 @@
+"""The full solve of ion and motion against QuTiP, exact limits, and the thermal averages that it judges."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qutip
+
+from twin.closed_form import separated_populations
+from twin.levels import LAMBDA, V, LevelSystem
+from twin.memory import MovingAverage
+from twin.memristor import IonMemristor, Lindblad, Settings
+from twin.motion import carrier_factor
+from twin.pulses import Gaussian, PiecewiseConstant
+from twin.spin_motion import Modes, Plan, plan_solve, solve
+
+SIGMA_S = 2e-6
+WINDOW_S = (-6 * SIGMA_S, 11 * SIGMA_S)
+OPEN = LAMBDA.system(
+    detuning_1_hz=4e3, detuning_2_hz=-6e3, lifetime_s=2e-4, branching=0.4, shared_linewidth_hz=500.0, linewidth_1_hz=1e3
+)
+CLOSED = dataclasses.replace(OPEN, decays=(), dephasings=())
+RESONANT = dataclasses.replace(CLOSED, energies_rad_s=np.zeros(3))
+
+
+def pulses(area_1=2.0, area_2=1.3, sigma_s=SIGMA_S, apart=5.0):
+    return (
+        Gaussian.from_area(area_1, center_s=0.0, sigma_s=sigma_s, phase_rad=0.4),
+        Gaussian.from_area(area_2, center_s=apart * sigma_s, sigma_s=sigma_s),
+    )
+
+
+def qutip_populations(system: LevelSystem, pair, modes: Modes, cutoffs, start: str, window_s):
+    """Populations and phonon numbers of `mesolve` in the laboratory frame of the motion, in microseconds.
+
+    The displacement operator is the exact one, cut: the exponential of a longer ladder.
+    """
+    unit, levels = 1e-6, system.levels
+    long = 80
+
+    def on(which, op):
+        """An operator of one mode, or of the levels (-1)."""
+        parts = [qutip.qeye(len(levels))] + [qutip.qeye(n) for n in cutoffs]
+        parts[which + 1] = op
+        return qutip.tensor(parts)
+
+    def cut_displacement(eta, n):
+        ladder = qutip.destroy(long)
+        return qutip.Qobj((1j * eta * (ladder + ladder.dag())).expm().full()[:n, :n])
+
+    ket = lambda name: qutip.basis(len(levels), levels.index(name))
+    h = on(-1, qutip.Qobj(np.diag(np.asarray(system.energies_rad_s) * unit)))
+    jumps = [on(-1, np.sqrt(float(d.rate_per_s) * unit) * ket(d.target) * ket(d.source).dag()) for d in system.decays]
+    jumps += [on(-1, np.sqrt(2 * float(d.rate_per_s) * unit) * qutip.Qobj(np.diag(d.weights))) for d in system.dephasings]
+    rho = qutip.ket2dm(ket(start))
+    for m, n in enumerate(cutoffs):
+        ladder = qutip.destroy(n)
+        h = h + on(m, 2 * np.pi * float(modes.secular_hz[m]) * unit * ladder.dag() * ladder)
+        rate = float(modes.each("heating_rate_per_s")[m]) * unit
+        jumps += [on(m, np.sqrt(rate) * ladder), on(m, np.sqrt(rate) * ladder.dag())] if rate else []
+        alpha = complex(modes.each("alpha_real")[m], modes.each("alpha_imag")[m])
+        n_bar = float(modes.each("n_bar")[m])
+        wide = qutip.displace(long, alpha) * qutip.thermal_dm(long, n_bar) * qutip.displace(long, alpha).dag()
+        part = wide.full()[:n, :n]
+        rho = qutip.tensor(rho, qutip.Qobj(part / np.trace(part)))
+    parts: list = [h]
+    for k, (pulse, (source, target)) in enumerate(zip(pair, system.couplings, strict=True)):
+        phase = 0.0 if pulse.phase_rad is None else float(pulse.phase_rad)
+        kick = qutip.tensor(
+            ket(target) * ket(source).dag(),
+            *(cut_displacement(float(modes.eta(k)[m]), n) for m, n in enumerate(cutoffs)),
+        )
+        term = 0.5 * np.exp(-1j * phase) * kick
+        peak, center, sigma = (float(x) for x in (pulse.peak_rad_s * unit, pulse.center_s / unit, pulse.sigma_s / unit))
+        envelope = lambda t, p=peak, c=center, s=sigma: p * np.exp(-((t - c) ** 2) / (2 * s**2))
+        parts.append([term + term.dag(), envelope])
+    options = {"method": "dop853", "rtol": 1e-10, "atol": 1e-12, "nsteps": 10**6}
+    times = [window_s[0] / unit, window_s[1] / unit]
+    end = qutip.mesolve(qutip.QobjEvo(parts), rho, times, c_ops=jumps, options=options).states[-1]
+    p = [float(qutip.expect(on(-1, ket(name).proj()), end)) for name in levels]
+    return np.array(p), np.array([float(qutip.expect(on(m, qutip.num(n)), end)) for m, n in enumerate(cutoffs)])
+
+
+# ------------------------------------------------------------------------------------------------ independent code
+
+
+@pytest.mark.parametrize("kind", ["closed", "open"])
+def test_one_mode_against_qutip(kind):
+    modes = Modes(1e6, 0.1, 0.15, n_bar=0.3, heating_rate_per_s=None if kind == "closed" else 5e3)
+    system = CLOSED if kind == "closed" else OPEN
+    found = solve(system, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=20)
+    p, n = qutip_populations(system, pulses(), modes, (20,), "v", WINDOW_S)
+    assert found.plan.pure == (kind == "closed")
+    np.testing.assert_allclose(found.populations, p, atol=1e-7, rtol=0)
+    np.testing.assert_allclose(found.n_mean, n, atol=1e-6, rtol=0)
+    # Everything took part: the motion alone moves more than the tolerance by far.
+    still = solve(system, pulses(), dataclasses.replace(modes, eta_1=0.0, eta_2=0.0), start="v", window_s=WINDOW_S)
+    assert np.max(np.abs(found.populations - still.populations)) > 1e-3
+
+
+def test_coherent_state_against_qutip():
+    modes = Modes(0.8e6, 0.1, 0.12, n_bar=0.1, alpha_real=0.5, alpha_imag=-0.7)
+    found = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S)
+    p, n = qutip_populations(CLOSED, pulses(), modes, found.plan.cutoff, "v", WINDOW_S)
+    np.testing.assert_allclose(found.populations, p, atol=1e-7, rtol=0)
+    np.testing.assert_allclose(found.n_mean, n, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_modes_against_qutip():
+    modes = Modes([1e6, 1.7e6], [0.1, 0.06], [0.05, 0.12], n_bar=[0.02, 0.01], heating_rate_per_s=[2e3, 1e3])
+    short = (-5 * SIGMA_S, 8 * SIGMA_S)
+    pair = pulses(apart=3.0)
+    found = solve(OPEN, pair, modes, start="v", window_s=short, cutoff=(6, 5), error=1e-5)
+    p, n = qutip_populations(OPEN, pair, modes, (6, 5), "v", short)
+    np.testing.assert_allclose(found.populations, p, atol=1e-7, rtol=0)
+    np.testing.assert_allclose(found.n_mean, n, atol=1e-6, rtol=0)
+
+
+def test_two_modes_of_kets_against_qutip():
+    modes = Modes([1e6, 1.7e6], [0.1, 0.06], [0.05, 0.12], n_bar=[0.02, 0.0], alpha_real=[0.0, 0.2])
+    short = (-5 * SIGMA_S, 8 * SIGMA_S)
+    pair = pulses(apart=3.0)
+    found = solve(CLOSED, pair, modes, start="v", window_s=short, cutoff=(7, 8), error=1e-6)
+    p, n = qutip_populations(CLOSED, pair, modes, (7, 8), "v", short)
+    np.testing.assert_allclose(found.populations, p, atol=1e-7, rtol=0)
+    np.testing.assert_allclose(found.n_mean, n, atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- exact limits
+
+
+def test_without_lamb_dicke_parameter_the_motion_does_not_matter():
+    modes = Modes(1e6, 0.0, 0.0, n_bar=1.0)
+    found = solve(RESONANT, pulses(apart=10), modes, start="v", window_s=(-7 * SIGMA_S, 17 * SIGMA_S))
+    expected = separated_populations(jnp.asarray(2.0), jnp.asarray(1.3), start="v")
+    np.testing.assert_allclose(found.populations, expected, atol=1e-7)
+    np.testing.assert_allclose(found.n_mean, 1.0, atol=1e-5)
+
+
+def test_heating_raises_the_phonon_number_by_its_rate():
+    modes = Modes(1e6, 0.0, 0.0, n_bar=0.2, heating_rate_per_s=1e4)
+    found = solve(RESONANT, pulses(), modes, start="v", window_s=WINDOW_S)
+    assert not found.plan.pure
+    assert float(found.n_mean[0]) == pytest.approx(0.2 + 1e4 * (WINDOW_S[1] - WINDOW_S[0]), abs=1e-5)
+
+
+def test_kets_and_density_matrix_agree():
+    modes = Modes(1e6, 0.1, 0.15, n_bar=0.2)
+    kets = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=14)
+    p = kets.plan
+    density = solve(
+        CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, plan=Plan(p.cutoff, p.bands, p.steps, p.cutoff, False, p.error)
+    )
+    np.testing.assert_allclose(kets.populations, density.populations, atol=1e-8)
+
+
+def test_a_pulse_on_the_blue_sideband():
+    # Half a turn of |v, 0> <-> |s, 1> at eta exp(-eta^2/2) Omega, slow beside the secular frequency.
+    eta, sigma_s, secular_hz = 0.1, 60e-6, 1e6
+    blue = dataclasses.replace(RESONANT, energies_rad_s=np.array([0.0, -2 * np.pi * secular_hz, 0.0]))
+    pulse = Gaussian.from_area(np.pi / (eta * np.exp(-(eta**2) / 2)), center_s=0.0, sigma_s=sigma_s)
+    found = solve(blue, (pulse,), Modes(secular_hz, eta), start="v", window_s=(-6 * sigma_s, 6 * sigma_s), cutoff=8)
+    # The carrier, off resonance, shifts the line: the transfer is nearly, not wholly, complete.
+    assert float(found.populations[1]) > 0.8
+    assert float(found.n_mean[0]) == pytest.approx(float(found.populations[1]), abs=2e-3)
+
+
+# ----------------------------------------------------------------------------------------------- thermal averages
+
+
+@functools.cache
+def averaged(sigma_s, n_bar, eta, heating, lifetime_s=np.inf):
+    device = IonMemristor(
+        MovingAverage(3.0), method=Lindblad(1e-9), phonon_nodes=8, n_bar=n_bar, eta_1=eta, eta_2=eta,
+        heating_rate_per_s=heating, sigma_1_s=sigma_s, sigma_2_s=sigma_s, separation_s=6 * sigma_s,
+        lead_s=6 * sigma_s, tail_s=6 * sigma_s, lifetime_s=lifetime_s,
+    )  # fmt: skip
+    prepared = device.prepared(jnp.array([0.6]), Settings())
+    response = prepared.under(Settings())(jnp.array([0.6]), jnp.array([0.3]), alone=False)
+    return device, response
