@@ -9,7 +9,9 @@ orders in Omega / omega, with theta(t) the area until t, a resonant pulse on |n>
 
 and is turned too far by the angle eta^2 (2 n + 1) / 2 J, where
 
-    J = int int_{t' < t} Omega Omega' cos(omega (t - t')) sin(theta - theta') dt' dt ~ int Omega^3 / (omega^2 - Omega^2) dt
+    J = int int_{t' < t} Omega Omega' cos(omega (t - t')) sin(theta - theta') dt' dt
+
+or |J| ~ int Omega^3 / (omega^2 - Omega^2) dt for a slow pulse
 
 (derived in `docs/spin_motion.md`). The light shifts of both levels are equal to this order, and move no population.
 """
@@ -24,7 +26,7 @@ from jaxtyping import Array, Complex, Float
 
 from twin.batching import real_array
 
-# Terms of fourth order in eta, while eta^2 (2 n_bar + 1) is below `SIDEBAND_RANGE`: measured in tests/test_sidebands.py.
+# For terms of fourth order in eta, while eta^2 (2 n_bar + 1) is below `SIDEBAND_RANGE`.
 _MARGIN = 1.5
 SIDEBAND_RANGE = 0.2
 # What sidebands may move beyond the state's own spread.
@@ -108,7 +110,7 @@ def needed_cutoff(n_bar: float = 0.0, alpha: float = 0.0, heating: float = 0.0, 
         log_g = alpha**2 * u / (1 - m * u) - np.log1p(-m * u)
         states = math.ceil(float(np.min((log_g - math.log(error)) / np.log1p(u))))
     if states > _MOST_STATES:
-        raise ValueError(f"n_bar = {m:g} and alpha = {alpha:g} need {states} Fock states; cool the ion, or raise `error`.")
+        raise ValueError(f"n_bar = {m:g} and alpha = {alpha:g} need {states} Fock states; cool the ion.")
     return max(states, 1) + _MARGIN_STATES
 
 
