@@ -1,7 +1,6 @@
 """The full solve of ion and motion against QuTiP, exact limits, and the thermal averages that it judges."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ import pytest
 import qutip
 
 from twin.closed_form import separated_populations
-from twin.levels import LAMBDA, V, LevelSystem
+from twin.levels import LAMBDA, LevelSystem
 from twin.memory import MovingAverage
-from twin.memristor import IonMemristor, Lindblad, Settings
-from twin.motion import carrier_factor
+from twin.memristor import ClosedForm, IonMemristor, Settings
 from twin.pulses import Gaussian, PiecewiseConstant
+from twin.sidebands import displaced_states, displacement_bands, needed_cutoff, sideband_bound
 from twin.spin_motion import Modes, Plan, plan_solve, solve
 
 SIGMA_S = 2e-6
@@ -54,7 +53,8 @@ def qutip_populations(system: LevelSystem, pair, modes: Modes, cutoffs, start: s
     ket = lambda name: qutip.basis(len(levels), levels.index(name))
     h = on(-1, qutip.Qobj(np.diag(np.asarray(system.energies_rad_s) * unit)))
     jumps = [on(-1, np.sqrt(float(d.rate_per_s) * unit) * ket(d.target) * ket(d.source).dag()) for d in system.decays]
-    jumps += [on(-1, np.sqrt(2 * float(d.rate_per_s) * unit) * qutip.Qobj(np.diag(d.weights))) for d in system.dephasings]
+    noise = [(np.sqrt(2 * float(d.rate_per_s) * unit), np.diag(d.weights)) for d in system.dephasings]
+    jumps += [on(-1, size * qutip.Qobj(weights)) for size, weights in noise]
     pure = system.closed and not np.any(modes.each("n_bar"))
     rho = ket(start) if pure else qutip.ket2dm(ket(start))
     for m, n in enumerate(cutoffs):
@@ -157,9 +157,8 @@ def test_kets_and_density_matrix_agree():
     modes = Modes(1e6, 0.1, 0.15, n_bar=0.2)
     kets = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=14)
     p = kets.plan
-    density = solve(
-        CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, plan=Plan(p.cutoff, p.bands, p.steps, p.cutoff, False, p.error)
-    )
+    plan = Plan(p.cutoff, p.bands, p.steps, p.cutoff, False, p.error)
+    density = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, plan=plan)
     np.testing.assert_allclose(kets.populations, density.populations, atol=1e-8)
 
 
@@ -176,14 +175,158 @@ def test_a_pulse_on_the_blue_sideband():
 
 # ----------------------------------------------------------------------------------------------- thermal averages
 
+SECULAR_HZ = 1e6
 
-@functools.cache
-def averaged(sigma_s, n_bar, eta, heating, lifetime_s=np.inf):
+
+def compared(sigma_s, n_bar, *, eta=0.08, x=0.6, r=0.3, heating=0.0):
+    """Largest difference of populations between the thermal average and the full solve, and the bound on sidebands."""
     device = IonMemristor(
-        MovingAverage(3.0), method=Lindblad(1e-9), phonon_nodes=8, n_bar=n_bar, eta_1=eta, eta_2=eta,
-        heating_rate_per_s=heating, sigma_1_s=sigma_s, sigma_2_s=sigma_s, separation_s=6 * sigma_s,
-        lead_s=6 * sigma_s, tail_s=6 * sigma_s, lifetime_s=lifetime_s,
+        MovingAverage(3.0), method=ClosedForm(), phonon_nodes=8, n_bar=n_bar, eta_1=eta, eta_2=eta, lifetime_s=np.inf,
+        heating_rate_per_s=heating, sigma_1_s=sigma_s, sigma_2_s=sigma_s, separation_s=10 * sigma_s,
+        lead_s=6 * sigma_s, tail_s=6 * sigma_s,
     )  # fmt: skip
-    prepared = device.prepared(jnp.array([0.6]), Settings())
-    response = prepared.under(Settings())(jnp.array([0.6]), jnp.array([0.3]), alone=False)
-    return device, response
+    average = device.under(Settings())(jnp.array([x]), jnp.array([r]), alone=False).populations[:, 0]
+    areas = device.areas(jnp.asarray(x), jnp.asarray(r))
+    modes = Modes(SECULAR_HZ, eta, eta, n_bar=n_bar, heating_rate_per_s=heating or None)
+    window_s = (-6 * sigma_s, 16 * sigma_s)
+    full = solve(RESONANT, device.pulses(*areas), modes, start="v", window_s=window_s, error=1e-6)
+    slowed = np.exp(-(eta**2) * (n_bar + 0.5))
+    bound = sum(float(sideband_bound(slowed * area, sigma_s, SECULAR_HZ, eta, n_bar)) for area in areas)
+    return float(jnp.max(jnp.abs(average - full.populations))), bound
+
+
+@pytest.mark.parametrize(("sigma_s", "n_bar"), [(10e-6, 0.5), (3e-6, 0.5), (1e-6, 0.5), (3e-6, 3.0)])
+def test_thermal_averages_hold_where_the_pulse_is_slow(sigma_s, n_bar):
+    difference, bound = compared(sigma_s, n_bar)
+    assert difference < 1e-4
+    assert difference < bound + 1e-6
+    # The bound is no empty one.
+    assert bound < 5 * difference + 1e-6
+
+
+def test_thermal_averages_fail_where_the_pulse_is_as_fast_as_the_motion():
+    difference, bound = compared(0.3e-6, 3.0, x=0.99, r=0.99)
+    assert 0.01 < difference < bound
+
+
+def test_thermal_averages_fail_where_the_ion_is_heated_fast():
+    # 0.24 phonons within the run; the bound speaks of sidebands alone.
+    difference, bound = compared(1e-6, 0.1, eta=0.15, heating=1e4)
+    calm, _ = compared(1e-6, 0.1, eta=0.15)
+    assert difference > calm + 1e-6
+
+
+@pytest.mark.slow
+def test_the_bound_holds_over_a_grid():
+    for sigma_s in (0.3e-6, 0.6e-6, 1e-6, 4e-6):
+        for n_bar, eta in ((0.0, 0.1), (0.0, 0.4), (0.5, 0.1), (0.5, 0.25), (3.0, 0.1)):
+            for x, r in ((0.2, 0.7), (0.6, 0.3), (0.95, 0.95), (1.0, 1.0)):
+                difference, bound = compared(sigma_s, n_bar, eta=eta, x=x, r=r)
+                print(sigma_s, n_bar, eta, x, r, difference, bound)
+                assert difference < bound + 1e-6, (sigma_s, n_bar, eta, x, r)
+
+
+def test_the_bound_is_nan_out_of_its_range():
+    assert np.isfinite(sideband_bound(3.0, 1e-6, 1e6, 0.1, 5.0))
+    assert np.isnan(sideband_bound(3.0, 1e-6, 1e6, 0.1, 20.0))
+    assert np.isnan(sideband_bound(3.0, 1e-3, 1e6, 0.1, 5.0))
+
+
+# --------------------------------------------------------------------------------------------- cutoffs and gradients
+
+
+@pytest.mark.parametrize(("n_bar", "alpha"), [(0.0, 0.0), (0.7, 0.0), (5.0, 0.0), (0.0, 1.5), (0.3, 2.0)])
+def test_needed_cutoff(n_bar, alpha):
+    moved = qutip.displace(160, alpha)
+    p = (moved * qutip.thermal_dm(160, n_bar) * moved.dag()).diag().real
+    n = needed_cutoff(n_bar, alpha, error=1e-6)
+    assert p[n:].sum() < 1e-6
+    # The bound wastes a few states, no more.
+    assert p[max(0, n - 20) :].sum() > 1e-6
+
+
+def test_displaced_fock_states():
+    table = displaced_states(jnp.asarray(0.7), jnp.asarray(-1.1), 5, 30)
+    np.testing.assert_allclose(table, qutip.displace(90, 0.7 - 1.1j).full()[:30, :5], atol=1e-11)
+
+
+def test_bands_are_the_displacement_operator():
+    ladder = qutip.destroy(90)
+    exact = (0.3j * (ladder + ladder.dag())).expm().full()[:30, :30]
+    bands = np.asarray(displacement_bands(jnp.asarray(0.3), 6, 30))
+    for s in range(7):
+        np.testing.assert_allclose(1j**s * bands[s, : 30 - s], np.diagonal(exact, -s), atol=1e-12)
+
+
+def test_a_cutoff_too_small_is_refused_with_one_that_serves():
+    modes = Modes(1e6, 0.1, 0.1, n_bar=1.0)
+    with pytest.raises(ValueError, match=r"`cutoff` must hold the motion, but \(6,\)") as refused:
+        solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=6)
+    serves = int(str(refused.value).split("aimed at is 1e-07; (")[1].split(",")[0])
+    assert solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=serves).valid
+
+
+def test_traced_values_are_flagged_in_batches_and_need_a_plan():
+    modes = Modes(1e6, 0.1, 0.1, n_bar=0.1)
+    plan = plan_solve(CLOSED, pulses(), modes, window_s=WINDOW_S, error=1e-6)
+
+    def run(n_bar, plan=plan):
+        warm = dataclasses.replace(modes, n_bar=n_bar)
+        return solve(CLOSED, pulses(), warm, start="v", window_s=WINDOW_S, plan=plan)
+
+    found = jax.vmap(run)(jnp.array([0.1, 1.5]))
+    assert found.valid.tolist() == [True, False]
+    assert np.all(np.isfinite(found.populations[0])) and np.all(np.isnan(found.populations[1]))
+    with pytest.raises(ValueError, match="plan=plan_solve"):
+        jax.vmap(lambda n: run(n, None))(jnp.array([0.1]))
+
+
+@pytest.mark.parametrize("kind", ["closed", "open"])
+def test_gradient_against_finite_differences(kind):
+    system = CLOSED if kind == "closed" else OPEN
+    point = {
+        "secular_hz": 1e6,
+        "eta_1": 0.1,
+        "eta_2": 0.15,
+        "n_bar": 0.05,
+        "alpha_real": 0.2,
+        "area": 2.0,
+        "sigma": 1.0,
+    }
+    if kind == "open":
+        point |= {"heating_rate_per_s": 1e4}
+
+    def pieces(p):
+        p = dict(p)
+        area, sigma = p.pop("area"), p.pop("sigma")
+        # A width of its own for pulse 1 only.
+        pair = (Gaussian.from_area(area, center_s=0.0, sigma_s=sigma * SIGMA_S, phase_rad=0.4), pulses()[1])
+        return pair, Modes(**p)
+
+    pair, modes = pieces(point)
+    plan = plan_solve(system, pair, modes, window_s=WINDOW_S, cutoff=9, error=1e-5)
+
+    @jax.jit
+    def p_s(p):
+        pair, modes = pieces(p)
+        return solve(system, pair, modes, start="v", window_s=WINDOW_S, plan=plan).populations[1]
+
+    values = {name: jnp.asarray(value) for name, value in point.items()}
+    gradient = jax.jit(jax.grad(p_s))(values)
+    for name, value in point.items():
+        step = 1e-3 * value
+        central = (p_s(values | {name: value + step}) - p_s(values | {name: value - step})) / (2 * step)
+        assert float(gradient[name]) * value == pytest.approx(float(central) * value, rel=2e-4, abs=3e-7), name
+
+
+def test_wrong_arguments_are_told():
+    modes = Modes(1e6, 0.1)
+    with pytest.raises(ValueError, match="one or two modes"):
+        Modes([1e6, 2e6, 3e6], 0.1)
+    with pytest.raises(ValueError, match="`start` must be one of"):
+        solve(CLOSED, pulses()[:1], modes, start="w", window_s=WINDOW_S)
+    with pytest.raises(ValueError, match="must be smooth"):
+        square = PiecewiseConstant.square(1.0, center_s=0.0, duration_s=1e-6)
+        solve(CLOSED, (square,), modes, start="v", window_s=WINDOW_S)
+    with pytest.raises(ValueError, match="`n_bar` must be zero or positive"):
+        needed_cutoff(-1.0)

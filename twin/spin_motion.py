@@ -284,10 +284,9 @@ def _solve(system: LevelSystem, pulses, modes: Modes, window, start: int, plan: 
         tuple(band_table(eta, s, n) for eta, s, n in zip(modes.eta(k), plan.bands, plan.cutoff, strict=True))
         for k in range(len(pulses))
     )
-    equation = Equation(
-        system, pulses, 2 * jnp.pi * modes.secular_hz, tables, None if plan.pure else damping_rates(system, modes, plan),
-        modes.each("heating_rate_per_s"), modes.heating_rate_per_s is not None, plan,
-    )  # fmt: skip
+    damping = None if plan.pure else damping_rates(system, modes, plan)
+    heating, heated = modes.each("heating_rate_per_s"), modes.heating_rate_per_s is not None
+    equation = Equation(system, pulses, 2 * jnp.pi * modes.secular_hz, tables, damping, heating, heated, plan)
 
     def distribution(y) -> Float[Array, "levels ..."]:
         if plan.pure:

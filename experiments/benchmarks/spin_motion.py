@@ -62,9 +62,7 @@ def _system():
 
 
 def _twin(cutoff: int, error: float) -> Callable:
-    pulses = tuple(
-        Gaussian.from_area(a, center_s=c, sigma_s=_SIGMA_S) for a, c in zip(_AREAS, _CENTERS_S, strict=True)
-    )
+    pulses = tuple(Gaussian.from_area(a, center_s=c, sigma_s=_SIGMA_S) for a, c in zip(_AREAS, _CENTERS_S, strict=True))
     modes = Modes(_SECULAR_HZ, *_ETA, n_bar=_N_BAR, heating_rate_per_s=_HEATING_PER_S)
     plan = plan_solve(_system(), pulses, modes, window_s=_WINDOW_S, cutoff=cutoff, error=error)
     return lambda: solve(_system(), pulses, modes, start="v", window_s=_WINDOW_S, plan=plan).populations
