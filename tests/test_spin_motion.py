@@ -106,6 +106,7 @@ def test_one_mode_against_qutip(kind):
     assert np.max(np.abs(found.populations - still.populations)) > 1e-3
 
 
+@pytest.mark.slow
 def test_coherent_state_against_qutip():
     modes = Modes(0.8e6, 0.1, 0.12, n_bar=0.1, alpha_real=0.5, alpha_imag=-0.7)
     found = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S)
@@ -125,6 +126,7 @@ def test_two_modes_against_qutip():
     np.testing.assert_allclose(found.n_mean, n, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_modes_of_kets_against_qutip():
     modes = Modes([1e6, 1.7e6], [0.1, 0.06], [0.05, 0.12], alpha_real=[0.2, 0.3], alpha_imag=[-0.1, 0.2])
     short = (-5 * SIGMA_S, 8 * SIGMA_S)
@@ -153,6 +155,7 @@ def test_heating_raises_the_phonon_number_by_its_rate():
     assert float(found.n_mean[0]) == pytest.approx(0.2 + 1e4 * (WINDOW_S[1] - WINDOW_S[0]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_kets_and_density_matrix_agree():
     modes = Modes(1e6, 0.1, 0.15, n_bar=0.2)
     kets = solve(CLOSED, pulses(), modes, start="v", window_s=WINDOW_S, cutoff=14)
@@ -210,8 +213,8 @@ def test_thermal_averages_fail_where_the_pulse_is_as_fast_as_the_motion():
 
 
 def test_thermal_averages_fail_where_the_ion_is_heated_fast():
-    # 0.24 phonons within the run; the bound speaks of sidebands alone.
-    difference, bound = compared(1e-6, 0.1, eta=0.15, heating=1e4)
+    # 0.22 phonons within the run.
+    difference, _ = compared(1e-6, 0.1, eta=0.15, heating=1e4)
     calm, _ = compared(1e-6, 0.1, eta=0.15)
     assert difference > calm + 1e-6
 
@@ -281,7 +284,7 @@ def test_traced_values_are_flagged_in_batches_and_need_a_plan():
         jax.vmap(lambda n: run(n, None))(jnp.array([0.1]))
 
 
-@pytest.mark.parametrize("kind", ["closed", "open"])
+@pytest.mark.parametrize("kind", ["closed", pytest.param("open", marks=pytest.mark.slow)])
 def test_gradient_against_finite_differences(kind):
     system = CLOSED if kind == "closed" else OPEN
     point = {
@@ -294,7 +297,7 @@ def test_gradient_against_finite_differences(kind):
         "sigma": 1.0,
     }
     if kind == "open":
-        point |= {"heating_rate_per_s": 1e4}
+        point |= {"heating_rate_per_s": 1e3}
 
     def pieces(p):
         p = dict(p)
@@ -304,7 +307,7 @@ def test_gradient_against_finite_differences(kind):
         return pair, Modes(**p)
 
     pair, modes = pieces(point)
-    plan = plan_solve(system, pair, modes, window_s=WINDOW_S, cutoff=9, error=1e-5)
+    plan = plan_solve(system, pair, modes, window_s=WINDOW_S, cutoff=12, error=1e-5)
 
     @jax.jit
     def p_s(p):
@@ -325,8 +328,8 @@ def test_wrong_arguments_are_told():
         Modes([1e6, 2e6, 3e6], 0.1)
     with pytest.raises(ValueError, match="`start` must be one of"):
         solve(CLOSED, pulses()[:1], modes, start="w", window_s=WINDOW_S)
+    square = PiecewiseConstant.square(1.0, center_s=0.0, duration_s=1e-6)
     with pytest.raises(ValueError, match="must be smooth"):
-        square = PiecewiseConstant.square(1.0, center_s=0.0, duration_s=1e-6)
         solve(CLOSED, (square,), modes, start="v", window_s=WINDOW_S)
     with pytest.raises(ValueError, match="`n_bar` must be zero or positive"):
         needed_cutoff(-1.0)
