@@ -108,9 +108,7 @@ def _qutip(cutoff: int, tolerance: float) -> Callable:
     times = [t / _UNIT_S for t in _WINDOW_S]
     observables = [sparse(p) for p in projectors]
     ops, rho = [sparse(jump) for jump in jumps], qutip.Qobj(start)
-    return lambda: np.array(
-        [e[-1] for e in qutip.mesolve(h, rho, times, c_ops=ops, e_ops=observables, options=options).expect]
-    )
+    return lambda: np.asarray(qutip.mesolve(h, rho, times, c_ops=ops, e_ops=observables, options=options).expect)[:, -1]
 
 
 def _dynamiqs(cutoff: int, tolerance: float) -> Callable:
