@@ -109,7 +109,7 @@ class Equation(eqx.Module):
     system: LevelSystem
     pulses: tuple[AbstractPulse, ...]
     omega_rad_s: Float[Array, "modes"]
-    tables: tuple[tuple[Float[Array, "bands cutoff"], ...], ...]
+    tables: tuple[tuple[Float[Array, "_ _"], ...], ...]
     damping_per_s: Float[Array, "..."] | None
     heating_rate_per_s: Float[Array, "modes"]
     heated: bool = eqx.field(static=True)
