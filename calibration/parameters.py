@@ -118,7 +118,8 @@ class FreeParameters(eqx.Module):
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
     """A device with named parameters replaced; `window_cycles` is its memory's window."""
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
-    known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - {"memory", "method"}
+    modules = {"memory", "method", "motion"}
+    known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - modules
     for name in fields:
         if name not in known:
             raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")

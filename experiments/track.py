@@ -4,8 +4,12 @@ Leaves ``result.json`` (a verdict for each table, estimates, alarms, and the sta
 ``arrays.nc`` (estimates against the number of the loop) and the report. The folder is replaced in one step.
 """
 
+import contextlib
+import itertools
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -46,20 +50,45 @@ def run(
     """
     clock = Stopwatch()
     stream = _Stream(config, fit_run, earlier)
-    result: dict[str, Any] = dict(earlier or {})
-    batches: Iterator[Sequence[LoopTable | TableError]] = iter([tables] if tables or watch is None else [])
-    try:
-        for batch in batches:
-            result = stream.take(batch, open_folder, clock)
-        if watch is not None:
-            for batch in _appearing(watch, interval_s, config.data.mapping() if config.data else {}, stream.files):
-                result = stream.take(batch, open_folder, clock)
-    except KeyboardInterrupt:
-        # A watched stream is ended this way; what was tracked stands already.
-        if watch is None or not result:
-            raise
+    if watch is None:
+        stream.take(tables, open_folder, clock)
+    else:
+        appearing = _appearing(watch, interval_s, config.data.mapping() if config.data else {}, stream.files)
+        try:
+            for batch in itertools.chain([tables] if tables else [], appearing):
+                with whole():
+                    stream.take(batch, open_folder, clock)
+        except KeyboardInterrupt:
+            # A watched stream is ended this way; what was tracked stands already.
+            if not stream.result:
+                raise
     clock.stop()
-    return result
+    return stream.result
+
+
+@contextlib.contextmanager
+def whole() -> Generator[None]:
+    """Holds an interrupt back until the block is done: tables are tracked and written together, or not at all.
+
+    A second interrupt is not held back.
+    """
+    held: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        del frame
+        held.append(number)
+        signal.signal(signal.SIGINT, earlier)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    earlier = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    if held:
+        raise KeyboardInterrupt
 
 
 class _Stream:
@@ -67,6 +96,7 @@ class _Stream:
         self.config, self.fit_run = config, fit_run
         self.reference = reference_of(fit_run)
         device = device_from(config)
+        self.result: dict[str, Any] = dict(earlier or {})
         self.steps: list[dict[str, Any]] = list(earlier["tables"]) if earlier else []
         self.tracker = Tracker(device, self.reference)
         if earlier:
@@ -74,19 +104,18 @@ class _Stream:
         self.seen = {step["sha256"] for step in self.steps}
         self.files = {step["table"] for step in self.steps}
 
-    def take(self, batch: Sequence[LoopTable | TableError], open_folder: Open, clock: Stopwatch) -> dict[str, Any]:
+    def take(self, batch: Sequence[LoopTable | TableError], open_folder: Open, clock: Stopwatch) -> None:
         with open_folder() as out:
             for table in batch:
                 if isinstance(table, LoopTable) and table.sha256 in self.seen:
                     out.log(f"{table.name}: tracked before")
                     continue
                 self._one(table, out)
-            result = self._result(clock)
-            out.write_result(result)
+            self.result = self._result(clock)
+            out.write_result(self.result)
             if self.steps:
                 out.write_arrays(_arrays(self.reference, self.steps))
             report.write(out)
-        return result
 
     def _one(self, table: LoopTable | TableError, out: RunFolder) -> None:
         names = self.reference.names

@@ -22,6 +22,7 @@ from calibration.posing import pose
 from experiments import cli
 from experiments.config import parse_config
 from experiments.records import RunFolder
+from experiments.track import whole
 
 ROOT = Path(__file__).parents[1]
 FREE = tables.SCALES | tables.READOUT
@@ -155,6 +156,24 @@ def test_a_watched_folder_is_tracked_until_interrupted(place, tmp_path, stopped_
     assert said.startswith("data bad because it cannot be read")
     assert (out / "report.html").is_file()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_interrupt_waits_for_the_tables_at_hand():
+    earlier, done = signal.getsignal(signal.SIGINT), []
+
+    def write(interrupts: int) -> None:
+        with whole():
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            done.append(interrupts)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(1)
+    assert done == [1]
+    with pytest.raises(KeyboardInterrupt):
+        write(2)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is earlier
 
 
 def test_wrong_input_is_refused_before_anything_is_computed(place, tmp_path, capsys):

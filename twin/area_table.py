@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -72,6 +73,73 @@ class AreaTable(eqx.Module):
             populations = populations + jnp.sum(by_first[0] * even[:, None], axis=0)
             coherence = coherence + jnp.sum(by_first[1] * odd[:, None], axis=0)
         return place.pick(populations), place.pick(coherence)
+
+
+def averaged(
+    table: AreaTable,
+    factor_1: Float[Array, "draws ..."],
+    factor_2: Float[Array, "draws ..."],
+    weights: Float[Array, "draws ..."],
+) -> AreaTable:
+    """The table of mean responses of a device whose areas are multiplied by random factors, none above one.
+
+    A mean of series in `theta factor` is a series in theta with the same number of orders, found from its values at the
+    nodes. It does not factor any more, and stands in the residual whole.
+
+    Args:
+        table: of the device at rest.
+        factor_1, factor_2, weights: of each draw, shape (draws, *S); NaN weights make the table invalid.
+    """
+    size = max(len(table.first), len(table.residual))
+    nodes = np.append(points(size - 1), 0.0)
+    at = lambda factor: jnp.asarray(nodes).reshape((-1,) + (1,) * factor.ndim) * factor
+    own = table.theta_1.shape
+    shape = jnp.broadcast_shapes(factor_1.shape[1:], factor_2.shape[1:], weights.shape[1:], own)
+
+    def spread(a: Array, batch: tuple[int, ...]) -> Array:
+        """Leading axes before the whole batch."""
+        lead = a.shape[: a.ndim - len(batch)]
+        return jnp.broadcast_to(a.reshape(lead + (1,) * (len(shape) - len(batch)) + batch), lead + shape)
+
+    table = jax.tree.map(lambda a: spread(a, own), table)
+    factor_1, factor_2, weights = (spread(f, f.shape[1:]) for f in (factor_1, factor_2, weights))
+    # Basis functions of each draw at the nodes, shape (orders, nodes, draws, *S).
+    even, odd = even_basis(at(factor_1), size), _odd(at(factor_1), size)
+    even_2 = even_basis(at(factor_2), size)
+    grown = lambda a, k, axes: jnp.pad(a, [(0, k - a.shape[i]) if i < axes else (0, 0) for i in range(a.ndim)])
+    full = jnp.einsum("ktv...,jv...->jkt...", grown(table.second, size, 1), grown(table.first, size, 1))
+    first, second = (grown(c, size, 1) for c in (table.first_coherence, table.second_coherence))
+    product = lambda a, b: jnp.einsum("j...,k...->jk...", first[:, a], second[:, b])
+    turned = jnp.stack([product(0, 0) - product(1, 1), product(0, 1) + product(1, 0)], axis=2)
+    if len(table.residual):
+        full = full + grown(table.residual, size, 2)
+        turned = turned + grown(table.residual_coherence, size, 2)
+
+    def both(coefficients: Array, basis: Array) -> Array:
+        """Mean values at the nodes (of area 1, of area 2)."""
+        by_second = jnp.einsum("jkl...,kbd...->jlbd...", coefficients, even_2)
+        return jnp.einsum("jlbd...,jad...,d...->abl...", by_second, basis, weights)
+
+    def one(coefficients: Array, basis: Array) -> Array:
+        return jnp.einsum("jl...,jad...,d...->al...", coefficients, basis[: len(coefficients)], weights)
+
+    series = lambda values: even_series(values[:-1], values[-1])
+    by_second = lambda values: jnp.swapaxes(series(jnp.swapaxes(values, 0, 1)), 0, 1)
+    alone, alone_coherence = one(table.alone, even), one(table.alone_coherence, odd)
+    residual, residual_coherence = both(full, even), both(turned, odd)
+    complete = jnp.isfinite(jnp.sum(weights, axis=0))
+    return dataclasses.replace(
+        table,
+        alone=series(alone),
+        alone_coherence=odd_series(alone_coherence[:-1]),
+        first=jnp.zeros_like(table.first),
+        first_coherence=jnp.zeros_like(table.first_coherence),
+        second=jnp.zeros_like(table.second),
+        second_coherence=jnp.zeros_like(table.second_coherence),
+        residual=series(by_second(residual)),
+        residual_coherence=odd_series(by_second(residual_coherence)[:-1]),
+        valid=table.valid & complete,
+    )
 
 
 class _Place(NamedTuple):

@@ -25,8 +25,8 @@ def _real_or_none(value) -> Float[Array, "..."] | None:
     return None if value is None else real_array(value)
 
 
-def physical(leading: int = 0, **options) -> Any:
-    """A field with a physical number, or None; `leading` axes come before those of the batch."""
+def physical(leading: int | None = 0, **options) -> Any:
+    """A field with a physical number, or None; `leading` axes come before those of the batch (None: all of them)."""
     return eqx.field(converter=_real_or_none, metadata={"leading": leading}, **options)
 
 

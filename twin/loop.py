@@ -91,7 +91,7 @@ class Settings(eqx.Module):
 
 @runtime_checkable
 class Responder(Protocol):
-    """Independent cycles of a device under its settings.
+    """Independent cycles of a device under its settings; of commands, or of pulse areas (`IonMemristor.by_area`).
 
     Where `alone`, pulse 1 is played alone and read out after it; else both pulses are. An array mixes both kinds of run
     in one batch. `of_cycle` replaces that of the settings.
@@ -101,6 +101,7 @@ class Responder(Protocol):
         self,
         x_set: Float[Array, "..."],
         r_set: Float[Array, "..."],
+        /,
         *,
         alone: bool | Bool[Array, "..."],
         of_cycle: Int[Array, " cycles"] | None = None,
@@ -116,6 +117,11 @@ class AbstractMemristor(eqx.Module):
 
     memory: eqx.AbstractVar[AbstractMemory]
     source: eqx.AbstractVar[str]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether devices along the batch axes influence each other, so that a batch must not be cut."""
+        return False
 
     @abc.abstractmethod
     def prepared(self, x_set, settings: Settings) -> "AbstractMemristor":
@@ -225,7 +231,7 @@ def run(
     shots = None if shots is None else real_array(shots)
     device = device.prepared(x_set, settings)
     shape = batch_shape(device, Rows(x_set))
-    blocks = math.prod(shape) >= 2 * _BLOCK and key is None and settings.of_cycle is None
+    blocks = math.prod(shape) >= 2 * _BLOCK and key is None and settings.of_cycle is None and not device.coupled
     if blocks and not is_traced(device, x_set, r_set, settings) and jax.local_devices()[0].platform == "cpu":
         # The numbers of a method, such as its error, belong to no lane.
         method = jax.tree.map(lambda _: False, getattr(device, "method", None))

@@ -1,4 +1,4 @@
-"""The two memristors: one trapped ion, and the photonic element whose parameters read alike.
+"""The memristor on one trapped ion; beside it stands the photonic element of `twin.photonic`.
 
 `run`, `stream` and `Loop` of `twin.loop`, and the methods of `twin.planning`, are offered here too, so that one import
 is enough.
@@ -13,16 +13,27 @@ import numpy as np
 from jax.scipy.special import erfc
 from jaxtyping import Array, Float
 
-from twin import motion
+from twin import area_table, phonons
+from twin import motion as single_mode
 from twin.area_series import AreaSeries, Timing, tabulate
 from twin.area_table import AreaTable
-from twin.batching import check_not_negative, check_positive, check_values, is_traced, physical, real_array
-from twin.closed_form import flat_root, overlap_bound, separated_coherence, separated_populations, set_area
+from twin.batching import (
+    batch_shape,
+    check_not_negative,
+    check_positive,
+    check_values,
+    is_traced,
+    physical,
+    real_array,
+)
+from twin.closed_form import overlap_bound, separated_coherence, separated_populations, set_area
 from twin.dynamics import Adaptive, Solution, StaticGrid, evolve
 from twin.emulator import EmulatedSeries, EmulatedTable
 from twin.levels import SCHEMES, LevelSystem, Scheme
 from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
 from twin.memory import AbstractMemory
+from twin.phonons import Motion
+from twin.photonic import PhotonicMemristor
 from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
@@ -80,6 +91,8 @@ class IonMemristor(AbstractMemristor):
         lifetime_s: of 2D3/2 F=2, s; infinite for no decay. branching: fraction of it to 2S1/2 F=0.
         m_lifetime_s: of the ladder's top level, s.
         amplitude_1, amplitude_2: commanded factors on the nominal Rabi frequencies (1 unless pulses are optimized).
+        motion: the modes that carry the ion, where one mode with `eta_1`, `eta_2` and `phonon_nodes` does not describe
+            them; `n_bar` and `heating_rate_per_s` are then those of its reference mode.
     """
 
     memory: AbstractMemory
@@ -113,6 +126,7 @@ class IonMemristor(AbstractMemristor):
     m_lifetime_s: Float[Array, "..."] = physical(default=math.inf)
     amplitude_1: Float[Array, "..."] = physical(default=1.0)
     amplitude_2: Float[Array, "..."] = physical(default=1.0)
+    motion: Motion | None = None
 
     def __check_init__(self):
         if self.scheme not in SCHEMES:
@@ -137,7 +151,12 @@ class IonMemristor(AbstractMemristor):
             with np.errstate(divide="ignore"):
                 rate = None if is_traced(getattr(self, name)) else 1 / np.asarray(getattr(self, name))
             check_values(name, rate, lambda v: v >= 0, "positive (its inverse, the rate, finite)", "give it in seconds")
-        if self.phonon_nodes == 1 and not is_traced(self.n_bar, self.heating_rate_per_s):
+        if self.motion is not None:
+            if self.phonon_nodes > 1 or any(np.any(np.asarray(eta) > 0) for eta in (self.eta_1, self.eta_2)):
+                raise ValueError(
+                    "`motion` has Lamb-Dicke parameters of its own; leave eta_1, eta_2 and phonon_nodes out."
+                )
+        elif self.phonon_nodes == 1 and not is_traced(self.n_bar, self.heating_rate_per_s):
             moving = np.any(np.asarray(self.n_bar) > 0) or np.any(np.asarray(self.heating_rate_per_s) > 0)
             if moving:
                 raise ValueError(
@@ -157,23 +176,37 @@ class IonMemristor(AbstractMemristor):
         return ready(device, cycles=cycles, detuning_set_hz=settings.largest_hz)
 
     def under(self, settings: Settings) -> Responder:
+        by_area = self.by_area(settings, self.largest_areas)
+
+        def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
+            return by_area(*self.areas(x_set, r_set), alone=alone, of_cycle=of_cycle)
+
+        return respond
+
+    def by_area(self, settings: Settings, largest: tuple[Float[Array, "..."], Float[Array, "..."]]) -> Responder:
+        """What answers areas, rad, in place of commands: those that an ion at rest would see, up to `largest`."""
         method = self.method
         if isinstance(method, Automatic | Lindblad):
             raise ValueError(
                 f"`{type(method).__name__}` is decided from known values by `run`, `prepared` and `planned`; "
                 "inside jit, grad or vmap name the method: AreaSeries or StaticGrid, planned for the values to come."
             )
-        table = self.tabulated(settings, self.largest_areas) if isinstance(method, AreaSeries) else None
+        table = self.tabulated(settings, largest) if isinstance(method, AreaSeries) else None
+        # With many nodes it pays to average the series, once, rather than every cycle.
+        folded = table is not None and self.motion is not None
+        if folded:
+            table = area_table.averaged(table, *self.carrier_factors(len(batch_shape(self))))
         if isinstance(method, EmulatedSeries):
             table = method.table(self, settings)
+        moves = self.moves and not folded
 
-        def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
+        def respond(theta_1, theta_2, *, alone, of_cycle=None) -> Response:
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
-            theta_1, theta_2 = self.areas(x_set, r_set)
-            factor_1, factor_2, weights = self.carrier_factors(jnp.ndim(x_set))
-            if self.phonon_nodes == 1:
-                factor_1, factor_2 = factor_1[0], factor_2[0]
-            theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
+            if moves:
+                factor_1, factor_2, weights = self.carrier_factors(jnp.ndim(theta_1))
+                theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
+            elif not folded:
+                theta_1, theta_2 = self.at_rest(theta_1, theta_2)
             if isinstance(table, AreaTable) and isinstance(method, AreaSeries):
                 response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
             elif isinstance(table, EmulatedTable):
@@ -183,7 +216,7 @@ class IonMemristor(AbstractMemristor):
             else:
                 theta_2 = None if alone is True else jnp.where(alone, 0.0, theta_2)
                 response = self._solve(method, theta_1, theta_2, *now.by_cycle(), alone)
-            return response if self.phonon_nodes == 1 else averaged(response, weights)
+            return averaged(response, weights) if moves else response
 
         return respond
 
@@ -234,18 +267,32 @@ class IonMemristor(AbstractMemristor):
         theta_1 = self.amplitude_1 * self.rabi_scale_1 * ratio_1 * commanded
         return theta_1, self.amplitude_2 * self.rabi_scale_2 * ratio_2 * set_area(r_set)
 
+    @property
+    def moves(self) -> bool:
+        """Whether responses are averaged over phonon numbers."""
+        return self.phonon_nodes > 1 or self.motion is not None
+
     def carrier_factors(
         self, axes: int
     ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, "nodes ..."]]:
-        """Debye-Waller factor of each pulse at each phonon number of the quadrature, and the weights.
+        """Debye-Waller factor of each pulse at each node of the thermal average, and the weights.
 
-        Phonon numbers come first, before the `axes` axes of the cycles and their batch.
+        Nodes come first, before the `axes` axes of the cycles and their batch.
         """
-        early = self.heating_rate_per_s * self.lead_s
-        late = early + self.heating_rate_per_s * self.separation_s
-        pulses = ((self.eta_1, early), (self.eta_2, late))
-        (factor_1, factor_2), weights = motion.carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
-        return factor_1, factor_2, weights
+        gained = [self.heating_rate_per_s * t for t in (self.lead_s, self.lead_s + self.separation_s)]
+        if self.motion is None:
+            pulses = list(zip((self.eta_1, self.eta_2), gained, strict=True))
+            (first, second), weights = single_mode.carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
+        else:
+            pulses = list(zip((1, 2), gained, strict=True))
+            area = jnp.maximum(*self.largest_areas)
+            (first, second), weights = phonons.carrier_factors(self.motion, self.n_bar, pulses, axes, area)
+        return first, second, weights
+
+    def at_rest(self, theta_1, theta_2) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Areas slowed by the zero-point motion alone: those of an ion whose modes are all in their ground state."""
+        factor_1, factor_2, _ = self.carrier_factors(jnp.ndim(theta_1))
+        return factor_1[0] * theta_1, factor_2[0] * theta_2
 
     def system(self, detuning_1_set_hz, detuning_2_set_hz) -> LevelSystem:
         """The level graph at these laser offsets."""
@@ -382,63 +429,3 @@ def averaged(response: Response, weights: Float[Array, "nodes ..."]) -> Response
         jnp.max(response.error_estimate, axis=0),
         response.method,
     )
-
-
-class PhotonicMemristor(AbstractMemristor):
-    """The photonic quantum memristor: amplitude damping of a single-rail state by a tunable beam splitter, with loss.
-
-        n_out = (1 - loss) (1 - R) n_in,        rho_01 -> sqrt((1 - loss) (1 - R)) rho_01
-
-    Levels: v = vacuum in the output mode, s = one photon there, m = the photon in the feedback detector. A lost photon
-    counts as vacuum.
-
-    Args:
-        memory, source: as for every memristor.
-        loss: probability that a photon is lost between beam splitter and output detector, in [0, 1].
-        readout_error_bright: probability of a click without a photon ("bright" stands for no photon: not s).
-        readout_error_dark: probability of no click with one.
-
-    References: PHYSICS conventions of the single-rail map, K_0 = diag(1, sqrt(1-R)), K_1 = sqrt(R) |0><1|.
-    """
-
-    memory: AbstractMemory
-    source: str = eqx.field(static=True, default="measured")
-    loss: Float[Array, "..."] = physical(default=0.0)
-    readout_error_bright: Float[Array, "..."] = physical(default=0.0)
-    readout_error_dark: Float[Array, "..."] = physical(default=0.0)
-
-    def prepared(self, x_set, settings: Settings) -> "PhotonicMemristor":
-        del x_set, settings
-        return self
-
-    def under(self, settings: Settings) -> Responder:
-        del settings  # a beam splitter has no line
-        return self._respond
-
-    def _respond(self, x_set, r_set, *, alone, of_cycle=None) -> Response:
-        del of_cycle
-        r_set = jnp.where(alone, 0.0, r_set)
-        kept = (1 - jnp.where(alone, 0.0, self.loss)) * (1 - r_set)
-        s, m = kept * x_set, r_set * x_set
-        coherence = flat_root(kept * x_set * (1 - x_set))
-        valid = (x_set >= 0) & (x_set <= 1) & (r_set >= 0) & (r_set <= 1)
-        populations = jnp.where(valid, jnp.stack([1 - s - m, s, m]), jnp.nan)
-        return Response(
-            populations,
-            jnp.stack([coherence, jnp.zeros_like(coherence)]),
-            valid,
-            jnp.zeros_like(s),
-            "closed form",
-        )
-
-    def signal(self, populations) -> Float[Array, "..."]:
-        return populations[1]
-
-    def assigned(self, populations) -> Float[Array, "..."]:
-        return assignment_probability(populations[1], self.readout_error_bright, self.readout_error_dark)
-
-    def assigned_next(self, populations) -> Float[Array, "..."]:
-        # The feedback detector clicks for m; a photon is in one of the two arms only.
-        bright, dark = self.readout_error_bright, self.readout_error_dark
-        v, s, m = populations
-        return (1 - bright) * ((1 - dark) * m + bright * v) + dark * bright * s

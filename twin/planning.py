@@ -140,6 +140,9 @@ def _with_grid(device, **changes):
 def pays(ion, series: AreaSeries, solves: float) -> bool:
     """Whether a series takes clearly fewer solves than the cycles themselves."""
     assert series.nodes is not None
+    if ion.motion is not None:
+        # A series is averaged once; cycles are solved for each node of the average.
+        solves = solves * ion.motion.nodes
     return series.nodes.lanes(len(starts_of(ion.system(0.0, 0.0)))) < _WORTH * solves
 
 

@@ -71,11 +71,11 @@ class SampledIon(AbstractMemristor):
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
             factor_1, factor_2, weights = self.ion.carrier_factors(jnp.ndim(x_set))
             theta_1, theta_2 = self.ion.areas(x_set, r_set)
-            if self.ion.phonon_nodes == 1:
+            if not self.ion.moves:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
             theta_2 = jnp.where(alone, 0.0, factor_2 * theta_2)
             response = self._solve(factor_1 * theta_1, theta_2, *now.by_cycle(), alone)
-            return response if self.ion.phonon_nodes == 1 else averaged(response, weights)
+            return averaged(response, weights) if self.ion.moves else response
 
         return respond
 

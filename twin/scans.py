@@ -16,9 +16,11 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from twin import grid as grids
+from twin import phonons
 from twin.area_series import AreaSeries
 from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.dynamics import evolve
@@ -46,24 +48,28 @@ _DEFAULT_ERROR = 1e-8
 
 
 class Plan(NamedTuple):
-    """What is static in the solve of a scan: grid steps, thermal nodes, and the error for which they were laid."""
+    """What is static in the solve of a scan: grid steps, thermal nodes, and the error for which they were laid.
+
+    `motion_nodes` are those of many modes: factors and phonon numbers.
+    """
 
     steps: int
     phonon_nodes: int
     error: float
+    motion_nodes: tuple[int, int] | None = None
 
 
 class Shot(NamedTuple):
     """One pulse of a sequence: area on the ion at rest, rad; actual width and centre, s; phase, rad, or None.
 
-    `eta` and `gained` are its Lamb-Dicke parameter and the phonons gained before it.
+    `beam` is the one that makes it, `gained` the phonons gained before it.
     """
 
     area_rad: Float[Array, "..."]
     sigma_s: Float[Array, "..."]
     center_s: Float[Array, "..."]
     phase_rad: Float[Array, "..."] | None
-    eta: Float[Array, "..."]
+    beam: int
     gained: Float[Array, "..."]
 
 
@@ -139,7 +145,7 @@ class PulseScan(AbstractScan):
         area, offset = _rows(self.area_rad, axes), _rows(jnp.broadcast_to(self.detuning_set_hz, self._shape), axes)
         own = {
             name: getattr(device, f"{name}_{k}{unit}")
-            for name, unit in (("amplitude", ""), ("rabi_scale", ""), ("eta", ""), ("sigma", "_s"))
+            for name, unit in (("amplitude", ""), ("rabi_scale", ""), ("sigma", "_s"))
         }
         nominal = getattr(device, f"nominal_sigma_{k}_s")
         ratio = real_array(1.0) if nominal is None else own["sigma"] / nominal
@@ -152,7 +158,7 @@ class PulseScan(AbstractScan):
             sigma,
             zero if k == 1 else device.separation_s,
             None,
-            own["eta"],
+            k,
             early if k == 1 else late,
         )
         none = jnp.zeros_like(offset)
@@ -160,7 +166,7 @@ class PulseScan(AbstractScan):
             system = device.system(offset, none)
             return Sequence(_couplings(system, system.couplings[:1]), (scanned,), device.window(True))
         full = device.areas(real_array(1.0), zero)[0]
-        first = Shot(full, device.sigma_1_s, zero, None, device.eta_1, early)
+        first = Shot(full, device.sigma_1_s, zero, None, 1, early)
         return Sequence(device.system(none, offset), (first, scanned), device.window(False))
 
     @property
@@ -206,9 +212,9 @@ class RamseyScan(AbstractScan):
         ratio = 1.0 if device.nominal_sigma_1_s is None else device.sigma_1_s / device.nominal_sigma_1_s
         theta = device.amplitude_1 * device.rabi_scale_1 * ratio * area
         early = device.heating_rate_per_s * device.lead_s
-        first = Shot(theta, device.sigma_1_s, real_array(0.0), None, device.eta_1, early)
+        first = Shot(theta, device.sigma_1_s, real_array(0.0), None, 1, early)
         later = early + device.heating_rate_per_s * wait
-        second = Shot(theta, device.sigma_1_s, wait, phase, device.eta_1, later)
+        second = Shot(theta, device.sigma_1_s, wait, phase, 1, later)
         system = device.system(offset, jnp.zeros_like(offset))
         # Both pulses drive one line: it has two couplings, whose drives add.
         line = system.couplings[0]
@@ -245,7 +251,7 @@ def _rows(values, axes: int):
 
 def _batch(device: IonMemristor) -> tuple[int, ...]:
     fields = [f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)]
-    return batch_shape(*(getattr(device, name) for name in fields if name not in ("memory", "method")))
+    return batch_shape(*(getattr(device, name) for name in fields if name not in ("memory", "method", "motion")))
 
 
 def _couplings(system: LevelSystem, couplings) -> LevelSystem:
@@ -264,9 +270,8 @@ def _probability(scan: PulseScan | RamseyScan, device: IonMemristor) -> Float[Ar
         plan = plan._replace(steps=rounded_up(plan.steps))
     axes = len(_batch(device))
     sequence = scan.sequence(device, axes)
-    carriers = [(shot.eta, shot.gained) for shot in sequence.shots]
-    factors, weights = carrier_factors(device.n_bar, plan.phonon_nodes, carriers, 1 + axes)
-    if plan.phonon_nodes == 1:
+    factors, weights = _carriers(device, plan, sequence, 1 + axes)
+    if weights is None:
         factors = [factor[0] for factor in factors]
     solution = evolve(
         sequence.system,
@@ -276,9 +281,24 @@ def _probability(scan: PulseScan | RamseyScan, device: IonMemristor) -> Float[Ar
         method=_method(device, plan),
     )
     populations = solution.populations[0]
-    if plan.phonon_nodes > 1:
+    if weights is not None:
         populations = jnp.sum(weights * populations, axis=1)
     return device.assigned(populations)
+
+
+def _carriers(device: IonMemristor, plan: Plan, sequence: Sequence, axes: int):
+    """Debye-Waller factors of the shots at each node of the thermal average, and its weights; None at rest."""
+    if device.motion is not None:
+        pulses = [(shot.beam, shot.gained) for shot in sequence.shots]
+        # On one beam the areas of all shots add up to one angle.
+        area = jnp.max(jnp.stack([jnp.max(jnp.abs(lax.stop_gradient(shot.area_rad))) for shot in sequence.shots]))
+        assert plan.motion_nodes is not None
+        factors, numbers = plan.motion_nodes
+        motion = dataclasses.replace(device.motion, factors=factors, numbers=numbers, error=plan.error)
+        return phonons.carrier_factors(motion, device.n_bar, pulses, axes, area)
+    carriers = [((device.eta_1, device.eta_2)[shot.beam - 1], shot.gained) for shot in sequence.shots]
+    factors, weights = carrier_factors(device.n_bar, plan.phonon_nodes, carriers, axes)
+    return factors, weights if plan.phonon_nodes > 1 else None
 
 
 def _method(device: IonMemristor, plan: Plan) -> StaticGrid | Adaptive:
@@ -320,6 +340,10 @@ def _plan(scan: PulseScan | RamseyScan, device: IonMemristor, box: Mapping[str, 
     # The errors of steps were measured on pulses of a turn or so; those of many turns add up.
     own = error * min(1.0, math.pi / area) if area > 0 else error
     steps = grids.plan_steps(sequence.system, pulses, sequence.window_s, own, shape)
+    if device.motion is not None:
+        gained = max(_largest(shot.gained, None) for shot in sequence.shots)
+        motion = phonons.planned(device.motion, hot + gained, area, error)
+        return Plan(steps, 1, error, (motion.factors, motion.numbers))
     nodes = nodes_for(hot, eta, area, error) if hot * eta * area > 0 else 1
     return Plan(steps, nodes, error)
 
