@@ -1,0 +1,133 @@
+"""B9: ion and motion, three levels times 40 Fock states, beside QuTiP and dynamiqs.
+
+Two Gaussian pulses with exact displacement operators, heating, decay and linewidth: one trajectory of the density
+matrix. Each engine runs at the loosest of its own tolerances that keeps populations within 1e-6 of a tight reference.
+"""
+
+import importlib
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import expm
+
+from experiments.benchmarks.measure import Result, interleaved, largest_difference
+from twin.levels import LAMBDA
+from twin.pulses import Gaussian
+from twin.spin_motion import Modes, plan_solve, solve
+
+_UNIT_S, _LIMIT = 1e-6, 1e-6
+_SECULAR_HZ, _ETA, _N_BAR, _HEATING_PER_S, _SIGMA_S = 1e6, (0.08, 0.1), 0.5, 1e3, 5e-6
+_WINDOW_S = (-6 * _SIGMA_S, 11 * _SIGMA_S)
+_AREAS, _CENTERS_S = (2.0, 1.3), (0.0, 5 * _SIGMA_S)
+_TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+
+
+def solves(quick: bool) -> list[Result]:
+    """B9: median seconds of one solve within 1e-6, of each engine."""
+    cutoff = 20 if quick else 40
+    reference = np.asarray(_twin(cutoff, 1e-9)())
+    engines: dict[str, Callable] = {"twin, bands": _twin}
+    engines |= {"QuTiP mesolve": _qutip, "dynamiqs mesolve, Tsit5, sparse": _dynamiqs}
+    calls, errors, used = {}, {}, {}
+    for name, engine in engines.items():
+        try:
+            for tolerance in _TOLERANCES:
+                call = engine(cutoff, tolerance)
+                began = time.perf_counter()
+                error = largest_difference(call(), reference)
+                first = time.perf_counter() - began
+                if error <= _LIMIT:
+                    calls[name], errors[name], used[name] = call, error, (tolerance, first)
+                    break
+        except ImportError as missing:
+            print(f"B9: {name} is left out: {missing}")
+    times = interleaved(calls, 3)
+    return [
+        Result(
+            f"B9 spin and motion, 3 x {cutoff}", name, seconds, "s", errors[name], seconds,
+            f"tolerance {used[name][0]:.0e}; first call {used[name][1]:.1f} s",
+        )
+        for name, (seconds, _) in times.items()
+    ]  # fmt: skip
+
+
+def _system():
+    return LAMBDA.system(
+        detuning_1_hz=300.0, detuning_2_hz=-500.0, lifetime_s=1e-3, branching=0.4, shared_linewidth_hz=200.0
+    )
+
+
+def _twin(cutoff: int, error: float) -> Callable:
+    pulses = tuple(Gaussian.from_area(a, center_s=c, sigma_s=_SIGMA_S) for a, c in zip(_AREAS, _CENTERS_S, strict=True))
+    modes = Modes(_SECULAR_HZ, *_ETA, n_bar=_N_BAR, heating_rate_per_s=_HEATING_PER_S)
+    plan = plan_solve(_system(), pulses, modes, window_s=_WINDOW_S, cutoff=cutoff, error=error)
+    return lambda: solve(_system(), pulses, modes, start="v", window_s=_WINDOW_S, plan=plan).populations
+
+
+def _operators(cutoff: int):
+    """Hamiltonian at rest, kicks of both pulses, jumps, start and level projectors, in microseconds."""
+    system, unit, one = _system(), np.eye(3), np.eye(cutoff)
+    ladder = np.diag(np.sqrt(np.arange(1.0, cutoff)), 1)
+    long = np.diag(np.sqrt(np.arange(1.0, 2 * cutoff)), 1)
+    at = lambda name: unit[system.index(name)]
+    rest = np.kron(np.diag(np.asarray(system.energies_rad_s) * _UNIT_S), one)
+    rest = rest + np.kron(unit, 2 * np.pi * _SECULAR_HZ * _UNIT_S * ladder.T @ ladder)
+    kicks = []
+    for eta, (source, target) in zip(_ETA, system.couplings, strict=True):
+        displaced = expm(1j * eta * (long + long.T))[:cutoff, :cutoff]
+        # Elements below 1e-9 change no population by 1e-8, and cost peers their sparsity.
+        displaced = np.where(np.abs(displaced) > 1e-9, displaced, 0.0)
+        kick = 0.5 * np.kron(np.outer(at(target), at(source)), displaced)
+        kicks.append(kick + kick.conj().T)
+    rate = lambda r: np.sqrt(float(r) * _UNIT_S)
+    jumps = [rate(d.rate_per_s) * np.kron(np.outer(at(d.target), at(d.source)), one) for d in system.decays]
+    jumps += [rate(2 * d.rate_per_s) * np.kron(np.diag(d.weights), one) for d in system.dephasings]
+    jumps += [rate(_HEATING_PER_S) * np.kron(unit, op) for op in (ladder, ladder.T)]
+    thermal = (_N_BAR / (_N_BAR + 1)) ** np.arange(cutoff)
+    start = np.kron(np.outer(at("v"), at("v")), np.diag(thermal / thermal.sum()))
+    return rest, kicks, [j for j in jumps if np.any(j)], start, [np.kron(np.diag(row), one) for row in unit]
+
+
+def _envelope(module, k: int, t):
+    sigma, center = _SIGMA_S / _UNIT_S, _CENTERS_S[k] / _UNIT_S
+    return _AREAS[k] / (np.sqrt(2 * np.pi) * sigma) * module.exp(-0.5 * ((t - center) / sigma) ** 2)
+
+
+def _qutip(cutoff: int, tolerance: float) -> Callable:
+    qutip = importlib.import_module("qutip")
+    rest, kicks, jumps, start, projectors = _operators(cutoff)
+    sparse = lambda matrix: qutip.Qobj(matrix).to("CSR")
+    h = qutip.QobjEvo(
+        [sparse(rest), *([sparse(kick), lambda t, k=k: _envelope(np, k, t)] for k, kick in enumerate(kicks))]
+    )
+    options = {"method": "adams", "rtol": tolerance, "atol": tolerance * 1e-2, "nsteps": 10**6}
+    times = [t / _UNIT_S for t in _WINDOW_S]
+    observables = [sparse(p) for p in projectors]
+    ops, rho = [sparse(jump) for jump in jumps], qutip.Qobj(start)
+    return lambda: np.asarray(qutip.mesolve(h, rho, times, c_ops=ops, e_ops=observables, options=options).expect)[:, -1]
+
+
+def _dynamiqs(cutoff: int, tolerance: float) -> Callable:
+    dq = importlib.import_module("dynamiqs")
+    dq.set_precision("double")
+    dq.set_progress_meter(False)
+    rest, kicks, jumps, start, projectors = _operators(cutoff)
+    sparse = lambda matrix: dq.asqarray(matrix.astype(complex), layout=dq.dia)
+    h = dq.constant(sparse(rest))
+    for k, kick in enumerate(kicks):
+        h = h + dq.modulated(partial(_envelope, jnp, k), sparse(kick))
+    times = jnp.array([t / _UNIT_S for t in _WINDOW_S])
+    method = dq.method.Tsit5(rtol=tolerance, atol=tolerance * 1e-2, max_steps=10**6)
+    ops, observables = [sparse(jump) for jump in jumps], [sparse(p) for p in projectors]
+
+    @jax.jit
+    def run(rho):
+        found = dq.mesolve(h, ops, rho, times, exp_ops=observables, method=method)
+        return found.expects[:, -1].real
+
+    rho = jnp.asarray(start.astype(complex))
+    return lambda: run(rho)
