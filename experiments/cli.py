@@ -167,6 +167,33 @@ def sweep(
     finish(result, as_json, f"written to {out}")
 
 
+@cli.command(cls=SchemaCommand)
+@config_argument
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to create, with figures and report."
+)
+@replace_option
+@set_option
+@json_option
+def trap(config: Path, out: Path | None, replace: bool, sets: Sequence[str], as_json: bool) -> None:
+    """Show trap, chain, modes and Lamb-Dicke factors: what the memristor feels of voltages, geometry and beams."""
+    from experiments.config import load_config
+
+    resolved = load_config(config, verb="trap", sets=sets)
+    if out is None:
+        result = pipeline("trap", "run", resolved, None)
+    else:
+        with run_folder(out, replace, resolved.to_toml()) as folder:
+            result = pipeline("trap", "run", resolved, folder)
+    if not as_json:
+        from experiments.listings import trap_tables
+
+        for title, rows in trap_tables(result):
+            if rows:
+                click.echo(f"{title}\n{aligned(rows, header='what' not in rows[0])}\n")
+    finish(result, as_json, f"written to {out}" if out else "")
+
+
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @json_option

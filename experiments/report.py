@@ -18,7 +18,8 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from calibration.formats import write_atomic
-from experiments import control_plots, plots
+from experiments import control_plots, plots, trap_plots
+from experiments.listings import listing
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -41,6 +42,7 @@ _TITLES = {
     "coverage": "Coverage of intervals",
     "design": "Next measurement",
     "predict": "Prediction",
+    "trap": "Trap, chain and modes",
 }
 
 
@@ -158,6 +160,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         yield from _control_pictures(result, columns)
     if result.get("kind") == "check":
         yield from _check_pictures(result, columns)
+    if result.get("kind") == "trap":
+        yield from (Picture(*picture) for picture in trap_plots.pictures(result, columns))
     stages = result.get("history")
     stages = {"search": stages} if isinstance(stages, list) else stages or {}
     if any(stages.values()):
@@ -199,7 +203,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         parts.append(f"{held} of {len(result['rows'])} rows hold what 95 % intervals promise.")
     if kind == "predict":
         parts.append(f"{result['rows']} cycles; the widest 95 % band of y is {result['largest_band']:.2g}.")
-    if kind == "design":
+    if kind in ("design", "trap"):
         parts += result["notes"][:1]
     if kind == "track":
         parts.append(f"After {len(result['tables'])} tables: {result['verdict']}.")
@@ -329,7 +333,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         tracked=result["tables"][-200:] if result.get("kind") == "track" else [],
         tests=result.get("tests", {}) if result.get("kind") == "check" else {},
         intervals=_intervals(result),
-        listing=_listing(result),
+        listing=listing(result),
         notes=result.get("notes", []),
         pictures=shown,
         seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},
@@ -340,51 +344,6 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
             if result.get(key) is not None
         },
     )
-
-
-def _listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Tables of a study by title, cells as text."""
-    if result.get("kind") == "coverage":
-        rows = [
-            {
-                "parameter": f"`{row['parameter']}`",
-                "method": row["method"],
-                "tables": str(row["tables"]),
-                "coverage of 95 %": f"{row['coverage']:.4f}",
-                "99.9 % interval, or p of ranks": f"p = {row['p_value']:.3g}"
-                if "p_value" in row
-                else f"{row['low']:.4f} to {row['high']:.4f}",
-                "verdict": row["verdict"],
-            }
-            for row in result["rows"]
-        ]
-        return {"Coverage": rows}
-    if result.get("kind") != "design":
-        return {}
-    proposals = [
-        {
-            "window": f"{row['window_cycles']:g}",
-            "period": f"{row['cycles_per_period']}",
-            "offsets (Hz)": f"{row['detuning_1_set_hz']:+g}, {row['detuning_2_set_hz']:+g}",
-            "largest input": f"{row['amplitude']:g}",
-            "shots": f"{row['shots']}",
-            "minutes": f"{row['minutes']:.2f}",
-            "variance taken": f"{row['reduction']:.1%}",
-            "log of it a minute": f"{row['rate_per_minute']:.3f}",
-        }
-        for row in result["proposals"][:15]
-    ]
-    verified = [
-        {
-            "loop": name,
-            "forecast": f"{row['predicted']:.1%}",
-            "realized": f"{row['realized']:.1%}",
-            "95 % interval": f"{row['low']:.1%} to {row['high']:.1%}",
-            "simulations": f"{row['simulations']:.0f}",
-        }
-        for name, row in result["verified"].items()
-    ]
-    return {"Loops, the best first": proposals, **({"Forecast and simulation": verified} if verified else {})}
 
 
 def _check_pictures(result: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:

@@ -70,9 +70,10 @@ class Apparatus(eqx.Module):
         """Wave vector of pulse 1 or 2 along the axes of the trap, rad/m."""
         direction = self.beam_1 if pulse == 1 or self.beam_2 is None else self.beam_2
         wavelength = self.wavelength_1_m if pulse == 1 else self.wavelength_2_m
-        return 2 * jnp.pi / wavelength * self._along_axes(direction / jnp.linalg.norm(direction))
+        return 2 * jnp.pi / wavelength * self.along_axes(direction / jnp.linalg.norm(direction))
 
-    def _along_axes(self, vector: Float[Array, "3"]) -> Float[Array, "3"]:
+    def along_axes(self, vector: Float[Array, "3"]) -> Float[Array, "3"]:
+        """A vector of the laboratory along the axes of the trap."""
         return self.trap.axes @ vector if isinstance(self.trap, SurfaceTrap) else vector
 
     def chain(self) -> Chain:
@@ -94,7 +95,7 @@ class Apparatus(eqx.Module):
         """What excess micromotion leaves of the carrier's Rabi frequency: J_0 of the modulation index."""
         if not is_traced(self.stray_field_v_per_m) and not np.any(np.asarray(self.stray_field_v_per_m)):
             return jnp.ones(())
-        field = self._along_axes(self.stray_field_v_per_m)
+        field = self.along_axes(self.stray_field_v_per_m)
         return self.trap.excess_micromotion(field, self.wavevector_rad_m(pulse)).carrier_factor
 
     def heating_rate_per_s(self, modes: Modes) -> Float[Array, ""]:
@@ -105,9 +106,9 @@ class Apparatus(eqx.Module):
         """Frequency of the mode whose phonon number a device names: the lowest axial one."""
         return modes.frequencies_hz[2 * self.ions]
 
-    def felt(self, modes: Modes) -> Bool[np.ndarray, " modes"]:
-        """Modes that some beam sees on some ion; all of them for traced values."""
-        etas = [self.lamb_dicke(modes, pulse) for pulse in (1, 2)]
+    def felt(self, modes: Modes, ion: int | None) -> Bool[np.ndarray, " modes"]:
+        """Modes that some beam sees on this ion, or on some ion; all of them for traced values."""
+        etas = [self.lamb_dicke(modes, pulse)[slice(None) if ion is None else slice(ion, ion + 1)] for pulse in (1, 2)]
         if is_traced(etas):
             return np.ones(3 * self.ions, bool)
         largest = np.max([np.max(np.abs(np.asarray(eta)), axis=0) for eta in etas], axis=0)
@@ -121,7 +122,7 @@ class Apparatus(eqx.Module):
             ion: its place, or None.
             heated: whether modes gain phonons at some rate, here or in the device.
         """
-        keep = self.felt(modes)
+        keep = self.felt(modes, ion)
         pick = lambda eta: jnp.abs(eta.T if ion is None else eta[ion])[keep]
         share = None
         if heated:
