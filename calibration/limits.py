@@ -57,7 +57,7 @@ def limits(
     zero, clean = jnp.zeros(()), dataclasses.replace(hardware, mixing_real=None, mixing_imag=None)
     noisy = dataclasses.replace(
         ion, rabi_scale_1=jnp.ones(()), rabi_scale_2=jnp.ones(()), detuning_1_hz=zero, detuning_2_hz=zero, n_bar=zero,
-        heating_rate_per_s=zero, eta_1=zero, eta_2=zero, phonon_nodes=1,
+        heating_rate_per_s=zero, eta_1=zero, eta_2=zero, phonon_nodes=1, motion=None,
     )  # fmt: skip
     silent = dataclasses.replace(
         noisy, lifetime_s=jnp.asarray(math.inf), m_lifetime_s=jnp.asarray(math.inf), laser_linewidth_hz=zero,

@@ -134,7 +134,7 @@ def drawn_changes(
     """
     if not (posterior or intensity_std > 0 or detuning_std_hz > 0 or n_bar is not None):
         raise ValueError("nothing varies among the members; give a calibration, a noise, or a range of n_bar.")
-    if n_bar is not None and ion.phonon_nodes == 1:
+    if n_bar is not None and not ion.moves:
         raise ValueError("`n_bar` varies among the members, but the device was made without motion; "
                          "give it an n_bar above 0.")  # fmt: skip
     sobol = qmc.Sobol(3, rng=np.random.default_rng(seed))

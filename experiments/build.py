@@ -16,6 +16,7 @@ from twin.motion import nodes_for
 
 PHONON_NODES = 8  # least number of quadrature nodes of the thermal average
 _MARGIN = 1.1  # on areas, for neighbours' light and drawn devices
+_TURNS = 6.0  # areas of sampled pulses, composite ones among them, in units of pi
 
 # Keys of [device] that are fields of the ion's device under the same name.
 _ION_FIELDS = (
@@ -168,11 +169,12 @@ def _phonon_nodes(config: Config, hottest: float) -> int:
 
 def largest_area(config: Config) -> float:
     """Largest area of a pulse, rad, that the device of a configuration will play."""
-    scales = [config.device.rabi_scale_1, config.device.rabi_scale_2]
-    for name in ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2"):
-        for boxes in (config.fit.free if config.fit else {}, config.optimize.bounds if config.optimize else {}):
-            if name in boxes:
-                scales.append(boxes[name][1])
+    boxes = {**(config.fit.free if config.fit else {}), **(config.optimize.bounds if config.optimize else {})}
+    boxes |= {name: (axis.low, axis.high) for name, axis in (config.sweep.parameters if config.sweep else {}).items()}
+    most = lambda name: max(getattr(config.device, name, 1.0), boxes.get(name, (0.0, 0.0))[1])
+    scales = [most(f"rabi_scale_{k}") * most(f"amplitude_{k}") for k in (1, 2)]
     if config.chain is not None:
         scales += [max(values) for name, values in config.chain.each.items() if name.startswith("rabi_scale")]
+    if config.optimize is not None and config.optimize.shape is not None:
+        scales = [_TURNS * scale for scale in scales]
     return math.pi * max(scales) * _MARGIN

@@ -113,9 +113,13 @@ def lamb_dicke(columns: Columns) -> Figure:
     largest = float(np.max(np.abs(both))) or 1.0
     for ax, eta, beam in zip(axes, both, (1, 2), strict=True):
         ax.grid(False)
-        image = ax.pcolormesh(eta, cmap="RdBu_r", vmin=-largest, vmax=largest, rasterized=True)
-        for edge in (len(eta), 2 * len(eta)):
-            ax.axvline(edge, color=GREY, lw=0.6)
+        ions, count = eta.shape
+        image = ax.pcolormesh(
+            np.arange(1, count + 1), np.arange(1, ions + 1), eta, cmap="RdBu_r", vmin=-largest, vmax=largest,
+            shading="nearest", rasterized=True,
+        )  # fmt: skip
+        for edge in (ions, 2 * ions):
+            ax.axvline(edge + 0.5, color=GREY, lw=0.6)
         ax.set(title=f"beam {beam}", xlabel="mode", ylabel="ion")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -57,12 +57,12 @@ def apparatus_from(config: Config) -> Apparatus:
         motion.beam_1,
         motion.beam_2,
         motion.wavelength_1_m,
-        motion.wavelength_2_m,
+        None if motion.wavelength_2_m == motion.wavelength_1_m else motion.wavelength_2_m,
         chain.quartic_v_per_m4,
         None if chain.masses_u is None else np.array(chain.masses_u) * constants.atomic_mass,
         config.trap.stray_field_v_per_m,
         config.trap.field_noise_v2_per_m2_hz,
-        motion.coherent,
+        motion.coherent or None,
     )
 
 

@@ -28,11 +28,12 @@ class Apparatus(eqx.Module):
         ions: N, static.
         beam_1, beam_2: directions of the beams of both pulses, of any length, shape (3,), along x, y, z; in a surface
             trap x lies in the surface, y is its normal. `beam_2` None: that of pulse 1.
-        wavelength_1_m, wavelength_2_m: vacuum wavelengths, m; the default is that of the E2 line at 435.5 nm.
+        wavelength_1_m, wavelength_2_m: vacuum wavelengths, m; the default is that of the E2 line at 435.5 nm, and that
+            of pulse 1 for pulse 2.
         quartic_v_per_m4, masses_kg: of the chain: `twin.chain.Chain`.
         stray_field_v_per_m: static field that pushes ions off the rf null, shape (3,), V/m.
         field_noise_v2_per_m2_hz: single-sided density S_E of electric-field noise, white, (V/m)^2/Hz.
-        coherent: mean phonon number of a displacement of the lowest axial mode, of random phase.
+        coherent: mean phonon number of a displacement of the lowest axial mode, of random phase; None for none.
     """
 
     trap: AbstractTrap
@@ -40,12 +41,12 @@ class Apparatus(eqx.Module):
     beam_1: Float[Array, "3"] = physical(None, default=(0.0, 0.0, 1.0))
     beam_2: Float[Array, "3"] | None = physical(None, default=None)
     wavelength_1_m: Float[Array, ""] = physical(default=YB171.transition("436").wavelength_m)
-    wavelength_2_m: Float[Array, ""] = physical(default=YB171.transition("436").wavelength_m)
+    wavelength_2_m: Float[Array, ""] | None = physical(default=None)
     quartic_v_per_m4: Float[Array, ""] = physical(default=0.0)
     masses_kg: Float[Array, " ions"] | None = physical(None, default=None)
     stray_field_v_per_m: Float[Array, "3"] = physical(None, default=(0.0, 0.0, 0.0))
     field_noise_v2_per_m2_hz: Float[Array, ""] = physical(default=0.0)
-    coherent: Float[Array, ""] = physical(default=0.0)
+    coherent: Float[Array, ""] | None = physical(default=None)
 
     def __check_init__(self):
         for name in ("beam_1", "beam_2"):
@@ -62,14 +63,13 @@ class Apparatus(eqx.Module):
 
     @property
     def same_beam(self) -> bool:
-        """Whether one wave vector serves both pulses, as far as is known."""
-        equal = is_traced(self.wavelength_1_m, self.wavelength_2_m) or self.wavelength_1_m == self.wavelength_2_m
-        return self.beam_2 is None and bool(equal)
+        """Whether one wave vector serves both pulses."""
+        return self.beam_2 is None and self.wavelength_2_m is None
 
     def wavevector_rad_m(self, pulse: int) -> Float[Array, "3"]:
         """Wave vector of pulse 1 or 2 along the axes of the trap, rad/m."""
         direction = self.beam_1 if pulse == 1 or self.beam_2 is None else self.beam_2
-        wavelength = self.wavelength_1_m if pulse == 1 else self.wavelength_2_m
+        wavelength = self.wavelength_1_m if pulse == 1 or self.wavelength_2_m is None else self.wavelength_2_m
         return 2 * jnp.pi / wavelength * self.along_axes(direction / jnp.linalg.norm(direction))
 
     def along_axes(self, vector: Float[Array, "3"]) -> Float[Array, "3"]:
@@ -129,7 +129,7 @@ class Apparatus(eqx.Module):
             # White noise heats with 1 / frequency; a uniform field moves centre-of-mass modes only.
             share = (modes.heating_shares() * self.reference_hz(modes) / modes.frequencies_hz)[keep]
         coherent = None
-        if is_traced(self.coherent) or self.coherent > 0:
+        if self.coherent is not None:
             coherent = jnp.zeros(3 * self.ions).at[2 * self.ions].set(self.coherent)[keep]
         return Motion(
             pick(self.lamb_dicke(modes, 1)),

@@ -152,7 +152,8 @@ class IonMemristor(AbstractMemristor):
                 rate = None if is_traced(getattr(self, name)) else 1 / np.asarray(getattr(self, name))
             check_values(name, rate, lambda v: v >= 0, "positive (its inverse, the rate, finite)", "give it in seconds")
         if self.motion is not None:
-            if self.phonon_nodes > 1 or any(np.any(np.asarray(eta) > 0) for eta in (self.eta_1, self.eta_2)):
+            own = [eta for eta in (self.eta_1, self.eta_2) if not is_traced(eta)]
+            if self.phonon_nodes > 1 or any(np.any(np.asarray(eta) > 0) for eta in own):
                 raise ValueError(
                     "`motion` has Lamb-Dicke parameters of its own; leave eta_1, eta_2 and phonon_nodes out."
                 )
@@ -273,11 +274,12 @@ class IonMemristor(AbstractMemristor):
         return self.phonon_nodes > 1 or self.motion is not None
 
     def carrier_factors(
-        self, axes: int
+        self, axes: int, area_rad=None
     ) -> tuple[Float[Array, "nodes ..."], Float[Array, "nodes ..."], Float[Array, "nodes ..."]]:
         """Debye-Waller factor of each pulse at each node of the thermal average, and the weights.
 
-        Nodes come first, before the `axes` axes of the cycles and their batch.
+        Nodes come first, before the `axes` axes of the cycles and their batch. `area_rad` is the largest area of a
+        pulse, where it is not one of the two Gaussians'.
         """
         gained = [self.heating_rate_per_s * t for t in (self.lead_s, self.lead_s + self.separation_s)]
         if self.motion is None:
@@ -285,7 +287,7 @@ class IonMemristor(AbstractMemristor):
             (first, second), weights = single_mode.carrier_factors(self.n_bar, self.phonon_nodes, pulses, axes)
         else:
             pulses = list(zip((1, 2), gained, strict=True))
-            area = jnp.maximum(*self.largest_areas)
+            area = jnp.maximum(*self.largest_areas) if area_rad is None else area_rad
             (first, second), weights = phonons.carrier_factors(self.motion, self.n_bar, pulses, axes, area)
         return first, second, weights
 

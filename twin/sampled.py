@@ -69,7 +69,7 @@ class SampledIon(AbstractMemristor):
     def under(self, settings: Settings) -> Responder:
         def respond(x_set, r_set, *, alone, of_cycle=None) -> Response:
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
-            factor_1, factor_2, weights = self.ion.carrier_factors(jnp.ndim(x_set))
+            factor_1, factor_2, weights = self.ion.carrier_factors(jnp.ndim(x_set), self._largest_area())
             theta_1, theta_2 = self.ion.areas(x_set, r_set)
             if not self.ion.moves:
                 factor_1, factor_2 = factor_1[0], factor_2[0]
@@ -87,6 +87,13 @@ class SampledIon(AbstractMemristor):
 
     def assigned_next(self, populations) -> Float[Array, "..."]:
         return self.ion.assigned_next(populations)
+
+    def _largest_area(self) -> Float[Array, ""]:
+        """Of the modulus of all channels together on the line that sees most, rad, at full command."""
+        imag = 0.0 if self.imag_rad_s is None else self.imag_rad_s
+        modulus = jnp.sqrt(self.real_rad_s**2 + imag**2)
+        full = jnp.stack([jnp.max(theta) for theta in self.ion.largest_areas]) / math.pi
+        return jnp.max(jnp.sum(modulus @ full, axis=0)) * jnp.max(self.slice_s)
 
     def _solve(self, theta_1, theta_2, detuning_1_set_hz, detuning_2_set_hz, alone) -> Response:
         theta_1, theta_2 = jnp.broadcast_arrays(theta_1, theta_2)
