@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import h5netcdf
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from calibration.parameters import anchored, with_parameters
 from twin import memory as memories
 from twin import memristor as memristors
 from twin.loop import AbstractMemristor
+from twin.phonons import Motion
 from twin.planning import Automatic, ClosedForm, Lindblad
 
 SCHEMA, VERSION = "ion-memristor-twin", 2
@@ -38,6 +40,7 @@ _SETTINGS = ("x_set", "r_set", "window_cycles", "detuning_1_set_hz", "detuning_2
 _METHODS = {"ClosedForm": ClosedForm, "Lindblad": Lindblad, "Automatic": Automatic}
 _MEMORIES = {"MovingAverage": memories.MovingAverage, "Exponential": memories.Exponential}
 _DEVICES = {"IonMemristor": memristors.IonMemristor, "PhotonicMemristor": memristors.PhotonicMemristor}
+_PARTS = {"Motion": Motion}
 
 
 class TwinError(ValueError):
@@ -297,10 +300,26 @@ def _described(device: AbstractMemristor) -> dict[str, Any]:
             found["method"] = {"kind": type(value).__name__, "error": getattr(value, "error", None)}
         elif isinstance(value, str | int):
             found[f.name] = value
+        elif isinstance(value, eqx.Module):
+            found[f.name] = _part(value)
         elif value is not None and f.name != "steps":
-            number = float(value)
-            found[f.name] = "infinite" if np.isinf(number) else number
+            found[f.name] = _plain(value)
     return found
+
+
+def _part(part: eqx.Module) -> dict[str, Any]:
+    """A module that a device holds, such as its motion: type and fields."""
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    plain = {name: v if isinstance(v, str | int | float) else _plain(v) for name, v in fields.items() if v is not None}
+    return {"kind": type(part).__name__, **plain}
+
+
+def _plain(value: Any) -> Any:
+    """A number, or nested lists of them."""
+    if np.ndim(value):
+        return np.asarray(value).tolist()
+    number = float(value)
+    return "infinite" if np.isinf(number) else number
 
 
 def _device(described: Mapping[str, Any]) -> AbstractMemristor:
@@ -309,6 +328,10 @@ def _device(described: Mapping[str, Any]) -> AbstractMemristor:
         kind = _DEVICES[fields.pop("kind")]
         memory = fields.pop("memory")
         kept = {name: np.inf if value == "infinite" else value for name, value in fields.items() if name != "method"}
+        for name, value in kept.items():
+            if isinstance(value, Mapping):
+                part = {key: np.array(v) if isinstance(v, list) else v for key, v in value.items() if key != "kind"}
+                kept[name] = _PARTS[value["kind"]](**part)
         kept["memory"] = _MEMORIES[memory["kind"]](memory["window_cycles"])
         if (method := fields.get("method")) is not None:
             kept["method"] = _METHODS[method["kind"]](*([] if method["error"] is None else [method["error"]]))
