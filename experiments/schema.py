@@ -40,6 +40,9 @@ class Fit(Table):
     per_table: list[str] = Field(
         [], description="free parameters of which each loop table has its own, NAME@TABLE in the result"
     )
+    per_ion: list[str] = Field(
+        [], description="free parameters of which each ion of a register has its own, NAME@LOOP in the result"
+    )
     noise: Literal["binomial", "beta_binomial", "outliers", "student_t"] = Field(
         "binomial",
         description="scatter of the data: projection noise (Gaussian for values), probabilities that fluctuate from "
@@ -57,6 +60,9 @@ class Fit(Table):
         for k, name in enumerate(self.per_table):
             if name not in self.free:
                 raise Refusal(f"per_table.{k}", f"is '{name}', which is not free; give it a box in fit.free")
+        for k, name in enumerate(self.per_ion):
+            if name not in self.free:
+                raise Refusal(f"per_ion.{k}", f"is '{name}', which is not free; give it a box in fit.free")
         for name, law in (("overdispersion", "beta_binomial"), ("outlier_share", "outliers")):
             if name in self.free and self.noise != law:
                 reason = f"has no meaning for fit.noise = '{self.noise}'; choose noise = '{law}', or remove it"
@@ -210,6 +216,12 @@ class Config(Table):
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
         self._trap_fits()
+        if self.fit and self.fit.per_ion and not self.register_of:
+            raise Refusal("fit.per_ion", "needs the ions of a register; add [chain] with memristors = 'all'")
+        if self.data and self.register_of and (self.data.more or self.data.scans):
+            raise Refusal(
+                "data", "of a register is one table, whose loops are its ions; remove data.more and data.scans"
+            )
         if self.data and self.data.scans and self.device.platform == "photonic":
             raise Refusal("data.scans", "are measured on an ion, but device.platform is 'photonic'; remove them")
         for k, name in enumerate(self.uncertainty.profile):

@@ -18,6 +18,7 @@ from calibration.twin_file import TwinError
 from calibration.twin_use import compare, outside, predict
 from twin.memory import Exponential
 from twin.memristor import Lindblad, PhotonicMemristor
+from twin.phonons import Motion, planned
 
 SAMPLE = Path(__file__).parent / "data" / "twin-1.json"
 SCHEMA = Path(__file__).parents[1] / "docs" / "twin.schema.json"
@@ -77,8 +78,20 @@ def test_what_is_saved_is_loaded(tmp_path):
         tables.ion(method=Lindblad(1e-7), detuning_1_hz=300.0, m_lifetime_s=np.inf),
         tables.ion(memory=Exponential(7.0), source="command"),
         PhotonicMemristor(memory=Exponential(7.0), loss=0.1),
+        tables.ion(
+            phonon_nodes=1,
+            n_bar=1.0,
+            motion=planned(
+                Motion(
+                    np.array([0.05, 0.06]), np.array([0.02, 0.03]), np.array([1.0, 1.7]), coherent=np.array([0.5, 0])
+                ),
+                1.0,
+                3.5,
+                1e-8,
+            ),
+        ),
     ],
-    ids=["lindblad", "exponential", "photonic"],
+    ids=["lindblad", "exponential", "photonic", "moving"],
 )
 def test_devices_survive(device, tmp_path):
     name = "readout_error_dark"
