@@ -133,7 +133,9 @@ def value_of(device: AbstractMemristor, name: str) -> Float[Array, "..."]:
     if name == "window_cycles":
         name = "tau_cycles" if isinstance(device.memory, Exponential) else name
         return getattr(device.memory, name)
-    return getattr(device, name)
+    value = getattr(device, name)
+    # A light shift that is left out is one of zero.
+    return jnp.zeros(()) if value is None and name in ("stark_1_hz", "stark_2_hz") else value
 
 
 def with_window(memory: AbstractMemory, window_cycles) -> AbstractMemory:

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import erfc
+from jaxtyping import Array, Float
 
 from twin import emulator
 from twin import grid as grids
-from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, reach, starts_of
-from twin.batching import batch_shape, real_array
+from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, light_phases, reach, starts_of
+from twin.batching import batch_shape, is_traced, real_array
 from twin.closed_form import overlap_bound
 from twin.dynamics import Adaptive, StaticGrid
 from twin.emulator import EmulatedSeries
@@ -51,6 +53,53 @@ Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | EmulatedS
 
 # A run of pulse 1 alone costs half of one of both pulses; a series has work of its own beside its solves.
 SOLVES_OF_CYCLE, _WORTH = 1.5, 0.7
+
+
+def closed_form_error(ion, x_set, r_set, detuning_1_set_hz=0.0, detuning_2_set_hz=0.0) -> Float[Array, "..."]:
+    """Bound on the error of `ClosedForm` in any population: overlap + cut tails + detuning + decay + dephasing.
+
+        |w| + theta_k erfc(edge / sqrt 2 sigma_k) / 4 + 2 (delta_k sigma_k)^2 + time / lifetime + 2 D_k sigma_k
+
+    Overlap and tails are rigorous; decay is (one jump at most matters); detuning and dephasing are the leading orders
+    with factors above those of a pi pulse (1.11 and 0.73). delta_k is the detuning and, on top, the light shift at the
+    peak. Motion costs nothing: both methods average it. `r_set` None bounds the run of pulse 1 alone.
+    """
+    both = r_set is not None
+    areas = ion.areas(x_set, r_set if both else jnp.zeros_like(x_set))
+    offsets = (detuning_1_set_hz, detuning_2_set_hz)
+    total = overlap_bound(*areas, ion.separation_s, ion.sigma_1_s, ion.sigma_2_s)
+    tail_s = ion.tail_s + (ion.separation_s if both else 0.0)
+    for k, theta, offset_hz in zip((1, 2) if both else (1,), areas, offsets, strict=False):
+        sigma_s, detuning_hz, linewidth_hz, stark_hz, nominal_s = (
+            getattr(ion, f"{name}_{k}_{unit}")
+            for name, unit in (("sigma", "s"), ("detuning", "hz"), ("laser_linewidth", "hz"), ("stark", "hz"),
+                               ("nominal_sigma", "s"))
+        )  # fmt: skip
+        before, after = (ion.lead_s, tail_s) if k == 1 else (ion.lead_s + ion.separation_s, ion.tail_s)
+        cut = erfc(before / (math.sqrt(2) * sigma_s)) + erfc(after / (math.sqrt(2) * sigma_s))
+        off_hz = jnp.abs(detuning_hz + offset_hz)
+        if stark_hz is not None:
+            peak = theta / math.pi * (1.0 if nominal_s is None else nominal_s / sigma_s)
+            off_hz = off_hz + jnp.abs(stark_hz) * peak**2
+        dephasing = jnp.pi * (linewidth_hz + ion.laser_linewidth_hz)
+        total = total + theta * cut / 4 + 2 * (2 * jnp.pi * off_hz * sigma_s) ** 2 + 2 * dephasing * sigma_s
+    return total + (ion.lead_s + tail_s) * (1 / ion.lifetime_s + 1 / ion.m_lifetime_s)
+
+
+def chosen(ion, x_set, settings) -> ClosedForm | Lindblad:
+    """What `Automatic` stands for, for cycles with these inputs.
+
+    Raises:
+        ValueError: traced values.
+    """
+    error = ion.method.error
+    bound = closed_form_error(ion, x_set, jnp.ones_like(x_set), *settings.by_cycle())
+    if is_traced(bound):
+        raise ValueError(
+            "`Automatic` cannot choose from traced values; inside jit, grad or vmap name the method: "
+            "ClosedForm() or StaticGrid()."
+        )
+    return ClosedForm() if bool(jnp.all(bound <= error)) else Lindblad(error)
 
 
 def ready(ion, *, cycles: int, detuning_set_hz: float):
@@ -175,12 +224,14 @@ def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = Fal
     timing, areas = spread.timing, spread.largest_areas
     overlap = _largest(overlap_bound(*areas, timing.separation_s, timing.sigma_1_s, timing.sigma_2_s))
     theta_1, theta_2 = (_largest(theta) for theta in areas)
+    phase = max((_largest(phase) for phase in light_phases(system, timing, areas) or ()), default=0.0)
     if generous:
         theta_1, theta_2 = (math.ceil(1.05 * theta / (math.pi / 4)) * math.pi / 4 for theta in (theta_1, theta_2))
         overlap = 0.0 if overlap == 0 else 10 ** math.ceil(math.log10(overlap))
+        phase = math.ceil(2 * phase) / 2
     sigmas = reach(error)
     cut = bool(jnp.any(timing.tail_s < sigmas * timing.sigma_1_s))
-    nodes = choose_nodes(theta_1, theta_2, overlap, error, cut)
+    nodes = choose_nodes(theta_1, theta_2, overlap, error, cut, phase)
     windows, zero = timing.windows(sigmas), jnp.zeros_like(areas[0])
 
     def steps_of(window: str, thetas) -> int:

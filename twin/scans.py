@@ -43,7 +43,10 @@ _GROWING = (
     "laser_linewidth_2_hz",
 )
 _SHRINKING = ("lifetime_s", "m_lifetime_s")
-_BOTH_ENDS = ("detuning_1_hz", "detuning_2_hz", "sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s")
+_BOTH_ENDS = (
+    *("detuning_1_hz", "detuning_2_hz", "stark_1_hz", "stark_2_hz"),
+    *("sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s"),
+)
 _DEFAULT_ERROR = 1e-8
 
 
