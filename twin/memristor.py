@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from twin import area_table, phonons, planning
+from twin import area_table, phonons, planning, shots
 from twin import motion as single_mode
 from twin.area_series import AreaSeries, Timing, tabulate
 from twin.area_table import AreaTable
@@ -36,6 +36,7 @@ from twin.photonic import PhotonicMemristor
 from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
+from twin.slow_noise import SlowNoise
 
 __all__ = [
     "AbstractMemristor",
@@ -96,6 +97,7 @@ class IonMemristor(AbstractMemristor):
         amplitude_1, amplitude_2: commanded factors on the nominal Rabi frequencies (1 unless pulses are optimized).
         motion: the modes that carry the ion, where one mode with `eta_1`, `eta_2` and `phonon_nodes` does not describe
             them; `n_bar` and `heating_rate_per_s` are then those of its reference mode.
+        slow_noise: of amplitudes and detunings, new in each shot; responses are averaged over it (`twin.shots`).
     """
 
     memory: AbstractMemory
@@ -132,6 +134,7 @@ class IonMemristor(AbstractMemristor):
     amplitude_1: Float[Array, "..."] = physical(default=1.0)
     amplitude_2: Float[Array, "..."] = physical(default=1.0)
     motion: Motion | None = None
+    slow_noise: SlowNoise | None = None
 
     def __check_init__(self):
         if self.scheme not in SCHEMES:
@@ -194,6 +197,8 @@ class IonMemristor(AbstractMemristor):
                 f"`{type(method).__name__}` is decided from known values by `run`, `prepared` and `planned`; "
                 "inside jit, grad or vmap name the method: AreaSeries or StaticGrid, planned for the values to come."
             )
+        if self.slow_noise is not None:
+            return shots.averaging(self, settings, largest)
         table = self.tabulated(settings, largest) if isinstance(method, AreaSeries) else None
         # With many nodes it pays to average the series, once, rather than every cycle.
         folded = table is not None and self.motion is not None

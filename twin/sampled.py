@@ -132,10 +132,13 @@ def sampled(
         real_only: whether the imaginary parts are zero and are left out.
 
     Raises:
-        ValueError: drives without the axis of channels, or fewer of them than lines; an ion with light shifts.
+        ValueError: drives without the axis of channels, or fewer of them than lines; an ion with light shifts or
+            slow noise.
     """
     shape = drives.real_rad_s.shape
     ion.system(0.0, 0.0).refuse_light_shifts("an ion under sampled waveforms")
+    if ion.slow_noise is not None:
+        raise ValueError("sampled waveforms are not averaged over `slow_noise`; leave it out, or use Gaussian pulses.")
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"`drives` must have samples of shape (slices, lines, channels), but they have {shape}; "
                          "light one channel at a time.")  # fmt: skip
