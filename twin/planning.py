@@ -23,7 +23,7 @@ from twin.closed_form import overlap_bound
 from twin.dynamics import Adaptive, StaticGrid
 from twin.emulator import EmulatedSeries
 from twin.methods import ClosedForm
-from twin.slow_noise import SlowNoise
+from twin.slow_noise import SlowNoise, without_detuning
 
 
 class Lindblad(eqx.Module):
@@ -111,7 +111,12 @@ def ready(ion, *, cycles: int, detuning_set_hz: float):
         ion: an `IonMemristor`.
         cycles: how many cycles share one setting.
         detuning_set_hz: largest magnitude of the laser offsets, Hz.
+
+    Raises:
+        ValueError: detuning noise with `ClosedForm`.
     """
+    if ion.slow_noise is not None and isinstance(ion.method, ClosedForm):
+        without_detuning(ion.slow_noise)
     if ion.slow_noise is not None and ion.slow_noise.nodes is None:
         ion = _with_draws(ion, {})
     if isinstance(ion.method, Lindblad):
