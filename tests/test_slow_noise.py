@@ -454,7 +454,7 @@ def test_registers_are_averaged():
     ion = device(slow_noise=noise, rabi_scale_1=np.array([1.0, 0.95, 1.02]))
     register = Register(ion, count=3, crosstalk_1=0.02, crosstalk_2=0.03)
     x_set, r_set = (np.stack([a, a[::-1], a], 1) for a in (X_SET, R_SET))
-    far = {name: 200e-6 for name in ("tail_s", "lead_s", "separation_s")}
+    far = dict.fromkeys(("tail_s", "lead_s", "separation_s"), 0.0002)
     solved = Register(
         dataclasses.replace(ion, method=AreaSeries(StaticGrid(1e-6)), **far),
         count=3,
