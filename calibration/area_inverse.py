@@ -115,7 +115,8 @@ def laid(
     roomy = planned(
         dataclasses.replace(ion, **louder, method=StaticGrid(error=error), steps=None), boxes, detuning_set_hz=offset_hz
     )
-    return forward_mode(dataclasses.replace(ion, method=roomy.method, steps=roomy.steps))
+    own = {"method": roomy.method, "steps": roomy.steps, "slow_noise": roomy.slow_noise}
+    return forward_mode(dataclasses.replace(ion, **own))
 
 
 def invert(

@@ -124,7 +124,7 @@ def optimize(
     if isinstance(method, StaticGrid):
         # All cycles of a target share pulse shapes and times.
         method = dataclasses.replace(method, shared=True)
-    device = dataclasses.replace(device, steps=plain.steps, method=method)
+    device = dataclasses.replace(device, steps=plain.steps, method=method, slow_noise=plain.slow_noise)
     args = (device, free, target)
     before = jnp.array(list(present.values()), float)
     inside = free.low + free.width * (1e-3 + (1 - 2e-3) * (before - free.low) / free.width)

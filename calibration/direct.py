@@ -20,6 +20,7 @@ def generators(
         system: the graph, of known numbers without a batch.
         drives_rad_s: `Omega exp(-i phi)` of each coupling.
     """
+    system.refuse_light_shifts("the exponential of a slice")
     n = len(system.levels)
     one, h = np.eye(n), np.zeros((len(drives_rad_s), n, n), complex)
     for k, (source, target) in enumerate(system.couplings):

@@ -19,6 +19,7 @@ from scipy.stats import qmc
 from twin.loop import AbstractMemristor
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import IonMemristor
+from twin.slow_noise import SlowNoise
 
 UNITS = {"_hz": "Hz", "_s": "s", "_cycles": "cycles", "_per_s": "1/s", "_rad": "rad"}
 
@@ -116,15 +117,22 @@ class FreeParameters(eqx.Module):
 
 
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
-    """A device with named parameters replaced; `window_cycles` is its memory's window."""
+    """A device with named parameters replaced; `window_cycles` is its memory's window, others its slow noise's."""
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
-    modules = {"memory", "method", "motion"}
+    noise = {name: fields.pop(name) for name in SlowNoise.parameters() if name in fields}
+    if noise and not isinstance(device, IonMemristor):
+        raise ValueError(f"`{next(iter(noise))}` is no parameter of {type(device).__name__}.")
+    modules = {"memory", "method", "motion", "slow_noise"}
     known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - modules
     for name in fields:
         if name not in known:
             raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")
     if "window_cycles" in values:
         fields["memory"] = with_window(device.memory, values["window_cycles"])
+    if noise:
+        assert isinstance(device, IonMemristor)
+        old = SlowNoise() if device.slow_noise is None else device.slow_noise
+        fields["slow_noise"] = dataclasses.replace(old, **noise)
     return dataclasses.replace(device, **fields)
 
 
@@ -133,7 +141,11 @@ def value_of(device: AbstractMemristor, name: str) -> Float[Array, "..."]:
     if name == "window_cycles":
         name = "tau_cycles" if isinstance(device.memory, Exponential) else name
         return getattr(device.memory, name)
-    return getattr(device, name)
+    if name in SlowNoise.parameters() and isinstance(device, IonMemristor):
+        return getattr(SlowNoise() if device.slow_noise is None else device.slow_noise, name)
+    value = getattr(device, name)
+    # A light shift that is left out is one of zero.
+    return jnp.zeros(()) if value is None and name in ("stark_1_hz", "stark_2_hz") else value
 
 
 def with_window(memory: AbstractMemory, window_cycles) -> AbstractMemory:

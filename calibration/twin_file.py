@@ -30,6 +30,7 @@ from twin import memristor as memristors
 from twin.loop import AbstractMemristor
 from twin.phonons import Motion
 from twin.planning import Automatic, ClosedForm, Lindblad
+from twin.slow_noise import SlowNoise
 
 SCHEMA, VERSION = "ion-memristor-twin", 2
 FILE, POSTERIOR = "twin.json", "twin_posterior.nc"
@@ -298,6 +299,9 @@ def _described(device: AbstractMemristor) -> dict[str, Any]:
                     f"a device solved by {type(value).__name__} cannot be written; write it as configured."
                 )
             found["method"] = {"kind": type(value).__name__, "error": getattr(value, "error", None)}
+        elif f.name == "slow_noise":
+            if value is not None:
+                found[f.name] = {name: float(getattr(value, name)) for name in SlowNoise.parameters()}
         elif isinstance(value, str | int):
             found[f.name] = value
         elif isinstance(value, eqx.Module):
@@ -328,8 +332,10 @@ def _device(described: Mapping[str, Any]) -> AbstractMemristor:
         kind = _DEVICES[fields.pop("kind")]
         memory = fields.pop("memory")
         kept = {name: np.inf if value == "infinite" else value for name, value in fields.items() if name != "method"}
+        if "slow_noise" in kept:
+            kept["slow_noise"] = SlowNoise(**kept["slow_noise"])
         for name, value in kept.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and "kind" in value:
                 part = {key: np.array(v) if isinstance(v, list) else v for key, v in value.items() if key != "kind"}
                 kept[name] = _PARTS[value["kind"]](**part)
         kept["memory"] = _MEMORIES[memory["kind"]](memory["window_cycles"])

@@ -219,4 +219,5 @@ def laid_for(device: IonMemristor, boxes: Mapping[str, tuple[float, float]]) -> 
             actual[name] = (low * ratio, high * ratio)
     plain = dataclasses.replace(device, nominal_sigma_1_s=None, nominal_sigma_2_s=None, method=StaticGrid(), steps=None)
     plain = planned(plain, actual, detuning_set_hz=offset_hz)
-    return forward_mode(dataclasses.replace(device, steps=plain.steps, method=plain.method))
+    own = {"method": plain.method, "steps": plain.steps, "slow_noise": plain.slow_noise}
+    return forward_mode(dataclasses.replace(device, **own))

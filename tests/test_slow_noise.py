@@ -8,13 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.parameters import value_of, with_parameters
 from twin import slow_noise
 from twin.closed_form import separated_coherence, separated_populations
-from twin.emulator import EmulatedSeries
+from twin.emulator import EmulatedSeries, EmulationError
+from twin.loop import Settings
 from twin.memory import MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, planned, run
+from twin.memristor import (
+    AreaSeries,
+    Automatic,
+    ClosedForm,
+    IonMemristor,
+    Lindblad,
+    PhotonicMemristor,
+    planned,
+    run,
+    stream,
+)
 from twin.methods import StaticGrid
+from twin.planning import emulated
+from twin.register import Register
+from twin.sampled import sampled
+from twin.scans import PulseScan, RamseyScan
 from twin.slow_noise import SlowNoise, noisy_coherence, noisy_populations, slow_average, slow_quadrature, slow_samples
+from twin.waveform import Waveform
 
 CORRELATIONS = [-1.0, -0.3, 0.0, 0.8, 1.0]
 X_SET, R_SET = np.array([0.1, 0.5, 0.97]), np.array([0.9, 0.3, 0.6])
@@ -236,8 +253,8 @@ def test_quadrature_is_the_mean_of_devices():
         ion, rabi_scale_1=1 + e[:, 0], rabi_scale_2=1 + e[:, 1], detuning_1_hz=1000 + d[:, 0], detuning_2_hz=d[:, 1]
     )
     loop = run(shots, np.repeat(X_SET[:, None], 2_000, 1), np.repeat(R_SET[:, None], 2_000, 1))
-    for found, sampled in ((first, loop.x), (second, loop.y)):
-        wrong = np.abs(found.populations[1] - np.mean(sampled, 1)) * math.sqrt(2_000) / np.std(sampled, 1)
+    for found, each in ((first, loop.x), (second, loop.y)):
+        wrong = np.abs(found.populations[1] - np.mean(each, 1)) * math.sqrt(2_000) / np.std(each, 1)
         assert np.all(wrong < 4)
     quiet = run(ion, X_SET, R_SET)
     assert np.max(np.abs(quiet.y - second.populations[1])) > 5e-3
@@ -318,3 +335,183 @@ def test_new_values_do_not_compile_again(monkeypatch):
     for scale, std in ((1.0, 0.03), (1.02, 0.06), (0.9, 0.0)):
         slow_average(device(rabi_scale_2=scale), X_SET, R_SET, SlowNoise(std, std), nodes=(5, 7, 1, 1))
     assert len(traces) == 2  # the two kinds of run
+
+
+# ------------------------------------------------------------------------------------------------ noise of a device
+
+NOISE = SlowNoise(0.04, 0.03, 0.4, 400.0, 300.0, 0.7)
+BOX = {"amplitude_noise_1": (0.0, 0.06), "detuning_noise_1_hz": (0.0, 600.0)}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(StaticGrid(1e-7), marks=pytest.mark.slow), AreaSeries(StaticGrid(1e-7))],
+    ids=["grid", "series"],
+)
+def test_run_of_a_noisy_device_is_the_average(method):
+    ion = device(method=StaticGrid(1e-9), separation_s=100e-6, detuning_1_hz=300.0)
+    offsets = {"detuning_1_set_hz": np.array([0.0, 400.0, 400.0])}
+    first, second = slow_average(ion, X_SET, R_SET, NOISE, error=1e-8, **offsets)
+    loop = run(dataclasses.replace(ion, method=method, slow_noise=NOISE), X_SET, R_SET, **offsets)
+    assert np.all(loop.valid) and np.all(loop.error_estimate < 3e-7)
+    np.testing.assert_allclose(loop.populations_1, first.populations, atol=2e-7)
+    np.testing.assert_allclose(loop.populations_2, second.populations, atol=2e-7)
+    # rho_vs turns for all of the wait, which nodes are not chosen for.
+    np.testing.assert_allclose(loop.coherence, 2 * np.hypot(*second.coherence_vs), atol=2e-4)
+    assert np.max(np.abs(run(ion, X_SET, R_SET, **offsets).y - loop.y)) > 1e-3
+
+
+def test_closed_forms_of_a_noisy_device_are_exact():
+    noise = SlowNoise(np.array([0.2, 0.5]), 0.3, 0.4)
+    ion = device(rabi_scale_1=np.array([1.03, 0.9]), slow_noise=noise, scheme="ladder")
+    columns = lambda a: np.stack([a, a], 1)
+    loop = run(ion, columns(X_SET), columns(R_SET))
+    theta = ion.areas(jnp.asarray(columns(X_SET)), jnp.asarray(columns(R_SET)))
+    exact = noisy_populations(*theta, noise)
+    np.testing.assert_allclose(loop.populations_2[:3], exact, atol=1e-15)
+    np.testing.assert_allclose(loop.coherence, 2 * np.abs(noisy_coherence(*theta, noise)), atol=1e-15)
+    assert np.all(loop.valid) and loop.method == "closed form"
+
+
+def test_moving_ions_are_averaged_jointly():
+    ion = device(n_bar=5.0, eta_1=0.08, eta_2=0.08, phonon_nodes=6, rabi_scale_2=1.1)
+    noise = SlowNoise(0.05, 0.08, 0.4)
+    loop = run(dataclasses.replace(ion, slow_noise=noise), X_SET, R_SET)
+    _, second = slow_average(ion, X_SET, R_SET, noise, error=1e-9)
+    np.testing.assert_allclose(loop.populations_2, second.populations, atol=2e-8)
+
+
+@pytest.mark.slow
+def test_random_shots_of_a_device_agree():
+    ion = device(method=StaticGrid(1e-6), separation_s=90e-6)
+    loop = run(dataclasses.replace(ion, slow_noise=NOISE), X_SET, R_SET)
+    shots = 4000
+    lanes = slow_noise.drawn(ion, slow_samples(NOISE, shots, jax.random.key(4)))
+    each = run(lanes, np.repeat(X_SET[:, None], shots, 1), np.repeat(R_SET[:, None], shots, 1))
+    for found, sampled_ in ((loop.x, each.x), (loop.y, each.y)):
+        wrong = np.abs(found - np.mean(sampled_, 1)) * math.sqrt(shots) / np.std(sampled_, 1)
+        assert np.all(wrong < 4)
+
+
+def test_loops_with_memory_and_streams():
+    x_set = np.sin(np.linspace(0, 6, 25)) ** 2
+    ion = device(slow_noise=SlowNoise(0.1, 0.1, 1.0))
+    loop = run(ion, x_set)
+    np.testing.assert_allclose(stream(ion, x_set).y, loop.y, atol=1e-13)
+    theta = ion.areas(jnp.asarray(x_set), loop.r)
+    np.testing.assert_allclose(loop.y, noisy_populations(*theta, ion.slow_noise)[1], atol=1e-14)
+
+
+@pytest.mark.slow
+def test_strengths_are_parameters_with_derivatives():
+    plain = device(method=AreaSeries(StaticGrid(1e-9)), separation_s=160e-6)
+    ion = planned(plain, BOX)
+    assert value_of(plain, "detuning_noise_1_hz") == 0 and ion.slow_noise.nodes[1] == ion.slow_noise.nodes[3] == 1
+    traces = []
+
+    @jax.jit
+    def output(a):
+        traces.append(1)
+        own = with_parameters(ion, {"amplitude_noise_1": a[0], "detuning_noise_1_hz": 1e3 * a[1]})
+        return run(own, X_SET[1:], R_SET[1:]).y @ jnp.array([0.4, 1.0])
+
+    slopes, step = jax.jit(jax.grad(output)), 1e-4
+    for at in (np.array([0.03, 0.3]), np.array([0.05, 0.5])):
+        found = slopes(jnp.asarray(at))
+        for k in range(2):
+            move = step * np.eye(2)[k]
+            difference = float(output(at + move) - output(at - move)) / (2 * step)
+            assert found[k] == pytest.approx(difference, rel=1e-6, abs=1e-9) and abs(difference) > 1e-3
+    np.testing.assert_allclose(slopes(jnp.zeros(2)), 0, atol=1e-12)  # even in each, and finite
+    assert len(traces) == 1
+    # Nodes serve the box and no more.
+    assert np.isfinite(output(np.array([0.06, 0.6]))) and np.isnan(output(np.array([0.07, 0.6])))
+    np.testing.assert_allclose(
+        output(np.zeros(2)), run(plain, X_SET[1:], R_SET[1:]).y @ np.array([0.4, 1.0]), atol=2e-9
+    )
+
+
+@pytest.mark.slow
+def test_emulated_devices_have_amplitude_noise_alone():
+    settings = Settings(jnp.zeros(1), jnp.zeros(1), jnp.zeros(len(X_SET), int))
+    ion = device(method=Lindblad(1e-6))
+    box = {"amplitude_noise_1": (0.0, 0.06), "rabi_scale_1": (0.9, 1.1), "detuning_1_hz": (-300.0, 300.0)}
+    fast = emulated(ion, box, settings, error=1e-6)
+    assert isinstance(fast.method, EmulatedSeries)
+    values = {"amplitude_noise_1": jnp.asarray(0.05), "rabi_scale_1": jnp.asarray(1.08)}
+    respond = with_parameters(fast, values).under(settings)
+    found = respond(jnp.asarray(X_SET), jnp.asarray(R_SET), alone=False)
+    exact = run(with_parameters(device(method=StaticGrid(1e-9)), values), X_SET, R_SET)
+    assert np.all(found.valid)
+    np.testing.assert_allclose(found.populations, exact.populations_2, atol=3e-6)
+    with pytest.raises(EmulationError, match="detuning noise"):
+        emulated(ion, BOX, settings, error=1e-6)
+
+
+@pytest.mark.slow
+def test_registers_are_averaged():
+    noise = SlowNoise(0.05, 0.04, 1.0)
+    ion = device(slow_noise=noise, rabi_scale_1=np.array([1.0, 0.95, 1.02]))
+    register = Register(ion, count=3, crosstalk_1=0.02, crosstalk_2=0.03)
+    x_set, r_set = (np.stack([a, a[::-1], a], 1) for a in (X_SET, R_SET))
+    far = dict.fromkeys(("tail_s", "lead_s", "separation_s"), 0.0002)
+    solved = Register(
+        dataclasses.replace(ion, method=AreaSeries(StaticGrid(1e-6)), **far),
+        count=3,
+        crosstalk_1=0.02,
+        crosstalk_2=0.03,
+    )
+    for one, tolerance in ((register, 1e-14), (solved, 2e-6)):
+        loop = run(one, x_set, r_set)
+        theta = one.ion.areas(jnp.asarray(x_set), jnp.asarray(r_set))
+        mixed = [theta[k] @ one.shares(k + 1)[0].T for k in (0, 1)]
+        assert np.all(loop.valid)
+        np.testing.assert_allclose(loop.populations_2, noisy_populations(*mixed, noise), atol=tolerance)
+
+
+def test_scans_are_averaged():
+    # A Ramsey fringe of pulses short against everything falls like a Gaussian of the wait.
+    wait_s, std_hz = np.array([50e-6, 200e-6, 500e-6]), 500.0
+    ion = device(method=StaticGrid(1e-7), sigma_1_s=0.5e-6, lead_s=5e-6, tail_s=5e-6,
+                 slow_noise=SlowNoise(detuning_noise_1_hz=std_hz))  # fmt: skip
+    fringe = RamseyScan(wait_s).probability(ion)
+    np.testing.assert_allclose(fringe, (1 + np.exp(-((2 * np.pi * std_hz * wait_s) ** 2) / 2)) / 2, atol=2e-3)
+    # Rabi oscillations under amplitude noise are damped cosines, far beyond the areas of a cycle.
+    area = np.array([1.0, 5.0, 12.0]) * math.pi
+    ion = device(method=StaticGrid(1e-8), slow_noise=SlowNoise(0.02), lead_s=160e-6, tail_s=160e-6)
+    scan = PulseScan(1, area)
+    exact = noisy_populations(area, 0.0, SlowNoise(0.02))[1]
+    np.testing.assert_allclose(scan.probability(ion), exact, atol=1e-7)
+    quiet = dataclasses.replace(ion, slow_noise=None)
+    plan = scan.planned(quiet, {"amplitude_noise_1": (0.0, 0.03)})
+    p = jax.jit(lambda s: plan.probability(with_parameters(quiet, {"amplitude_noise_1": s})))
+    np.testing.assert_allclose(p(0.02), exact, atol=1e-7)
+    assert np.all(np.isnan(p(0.04)))
+    with pytest.raises(ValueError, match="planned without slow noise"):
+        scan.planned(quiet, {}).probability(ion)
+
+
+def test_what_noisy_devices_cannot_do_is_refused():
+    noisy = device(slow_noise=SlowNoise(detuning_noise_1_hz=100.0))
+    with pytest.raises(ValueError, match="detuning_noise_1_hz"):
+        run(noisy, X_SET, R_SET)
+    assert run(dataclasses.replace(noisy, method=Automatic(1e-3)), X_SET, R_SET).method != "closed form"
+    grid = device(method=StaticGrid(steps=200))
+    with pytest.raises(ValueError, match="nodes of `slow_noise`"):
+        jax.jit(lambda s: run(with_parameters(grid, {"amplitude_noise_1": s}), X_SET, R_SET).y)(0.1)
+    with pytest.raises(ValueError, match="slow_noise"):
+        sampled(noisy, Waveform(np.ones((4, 2, 2)), np.zeros((4, 2, 2)), 1e-6), alone_slices=2)
+    photonic = PhotonicMemristor(memory=MovingAverage(5.0))
+    with pytest.raises(ValueError, match="no parameter of Photonic"):
+        with_parameters(photonic, {"amplitude_noise_1": jnp.asarray(0.1)})
+
+
+def test_large_batches_in_blocks():
+    scale = np.linspace(0.9, 1.1, 40)
+    ion = device(rabi_scale_1=scale, slow_noise=SlowNoise(0.05, 0.05, 1.0), n_bar=2.0, eta_1=0.05, eta_2=0.05,
+                 phonon_nodes=4)  # fmt: skip
+    wide = lambda a: np.repeat(a[:, None], 40, 1)
+    loop = run(ion, wide(X_SET), wide(R_SET))
+    one = run(dataclasses.replace(ion, rabi_scale_1=scale[7]), X_SET, R_SET)
+    assert np.all(loop.valid)
+    np.testing.assert_allclose(loop.y[:, 7], one.y, atol=3e-8)

@@ -12,11 +12,15 @@ pulse 2 alone maps populations to populations and rho_vs to itself, and populati
 
     P(theta_1, theta_2) = M(theta_2) F P_1(theta_1),    F: free flight between the two solves, possibly backwards.
 
+A light shift turns phases by an angle in theta^2: populations are still even and entire, of order two, and take more
+nodes (`truncation`).
+
 What overlap does to this is the residual, interpolated on a tensor grid. It is of the size of the overlap angle
 (`twin.closed_form.overlap_bound`) and entire as well, so that it needs fewer nodes, or none.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -36,6 +40,8 @@ from twin.trigonometry import cos_sin
 
 # Shares of the requested error: of each series' truncation, and of the areas beyond the reach of a solve.
 SOLVE_SHARE, _SERIES_SHARE, _REACH_SHARE = 0.25, 0.1, 0.05
+# Coefficients below this are rounding.
+_ROUNDING = 1e-15
 
 
 class Nodes(NamedTuple):
@@ -88,27 +94,58 @@ def reach(error: float) -> float:
     return math.sqrt(2) * float(erfcinv(_REACH_SHARE * error / math.pi))
 
 
-def truncation(theta_max: float, nodes: int) -> float:
+def truncation(theta_max: float, nodes: int, phase: float = 0.0) -> float:
     """Error of an even series through this many nodes and zero, for a function that fills [0, 1] like cos^2(theta/2).
 
     Coefficients left out, J_j(theta_max) for even j > 2 nodes, count twice: they are also folded back on the others.
+    With a light shift that turns by `phase` rad at theta_max they are those of cos(theta) exp(i phase u^2), which grows
+    off the real axis as fast as any population.
     """
     j = 2 * nodes + 2 + 2 * np.arange(60)
-    return math.inf if j[0] <= theta_max else 2 * float(np.sum(jv(j, theta_max)))
+    if phase == 0:
+        return math.inf if j[0] <= theta_max else 2 * float(np.sum(jv(j, theta_max)))
+    size = _left_out(theta_max, phase)
+    return math.inf if j[0] <= theta_max + 2 * phase else float(size[min(nodes + 1, len(size) - 1)])
 
 
-def nodes_for(theta_max: float, error: float) -> int:
+@functools.cache
+def _left_out(theta_max: float, phase: float) -> np.ndarray:
+    """Sum of the coefficients of T_2n, T_2n+2, ... of cos(theta_max u) exp(i phase u^2), for each n."""
+    count = 2 * math.ceil(theta_max + 2 * phase) + 128
+    angle = np.pi * (np.arange(count) + 0.5) / count
+    u = np.cos(angle)
+    values = np.cos(theta_max * u) * np.exp(1j * phase * u**2)
+    even = 2 * np.arange(count // 2)
+    size = np.abs(np.cos(np.outer(even, angle)) @ values) * 2 / count
+    return np.cumsum(np.where(size > _ROUNDING, size, 0.0)[::-1])[::-1]
+
+
+def nodes_for(theta_max: float, error: float, phase: float = 0.0) -> int:
     """Fewest nodes of an even series whose truncation is below `error`."""
-    return next(n for n in range(1, 1000) if truncation(theta_max, n) <= error)
+    return next(n for n in range(1, 1000) if truncation(theta_max, n, phase) <= error)
 
 
-def choose_nodes(theta_1: float, theta_2: float, overlap: float, error: float, cut: bool) -> Nodes:
-    """Sizes for the largest areas (rad) and overlap angle (rad) that will occur."""
+def choose_nodes(theta_1: float, theta_2: float, overlap: float, error: float, cut: bool, phase: float = 0.0) -> Nodes:
+    """Sizes for the largest areas, overlap angle and light-shift phase (rad) that will occur."""
     own = _SERIES_SHARE * error
     # The residual is smaller than half of the overlap angle: 2.2 times and more where it is largest.
     size = min(1.0, 0.5 * overlap)
-    rest = nodes_for(max(theta_1, theta_2), own / size) if size > own else 0
-    return Nodes(nodes_for(max(theta_1, theta_2), own), rest, cut)
+    rest = nodes_for(max(theta_1, theta_2), own / size, phase) if size > own else 0
+    return Nodes(nodes_for(max(theta_1, theta_2), own, phase), rest, cut)
+
+
+def light_phases(system: LevelSystem, timing: "Timing", areas: tuple) -> list[Float[Array, "..."]] | None:
+    """Phase that the light shifts of each line turn in all, rad, at these areas; None without light shifts.
+
+    int |Omega|^2 dt = theta^2 / (2 sqrt(pi) sigma) of a Gaussian.
+    """
+    if not system.light_shifts:
+        return None
+    phases = []
+    for line, theta, sigma_s in zip(system.couplings, areas, (timing.sigma_1_s, timing.sigma_2_s), strict=True):
+        of_line = [shift.spread_s for shift in system.light_shifts if set(shift.coupling) == set(line)]
+        phases.append(sum(of_line, jnp.zeros(())) * theta**2 / (2 * math.sqrt(math.pi) * sigma_s))
+    return phases
 
 
 def starts_of(system: LevelSystem) -> tuple[str, ...]:
@@ -295,7 +332,8 @@ def tabulate(
             error_both=error,
             valid=table.valid & both_valid,
         )
-    return judged(table)
+    phases = light_phases(system, timing, (theta_1, theta_2))
+    return judged(table, None if phases is None else tuple(lax.stop_gradient(phase) for phase in phases))
 
 
 def _lanes_first(values: Float[Array, "components lanes ..."]) -> Float[Array, "lanes components ..."]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from twin.loop import Response
+
 
 class AreaTable(eqx.Module):
     """Series of one device at its settings; S are the batch axes of parameters and settings.
@@ -73,6 +75,23 @@ class AreaTable(eqx.Module):
             populations = populations + jnp.sum(by_first[0] * even[:, None], axis=0)
             coherence = coherence + jnp.sum(by_first[1] * odd[:, None], axis=0)
         return place.pick(populations), place.pick(coherence)
+
+    def respond(self, theta_1, theta_2, of_cycle, alone, requested: Float[Array, ""]) -> Response:
+        """Cycles read off the series; those that miss the requested error are flagged and NaN."""
+        at = lambda values: values if of_cycle is None else values[of_cycle]
+        read = []
+        if alone is not False:
+            read.append((*self.after_first(theta_1, of_cycle), at(self.error_alone)))
+        if alone is not True:
+            read.append((*self.after_both(theta_1, theta_2, of_cycle), at(self.error_both)))
+        if len(read) == 2:
+            read = [tuple(jnp.where(alone, a, b) for a, b in zip(*read, strict=True))]
+        populations, coherence, error = read[0]
+        cycles = populations.shape[1:]
+        good = at(self.valid) & (error <= requested)
+        valid = jnp.broadcast_to(good, cycles) & jnp.all(jnp.isfinite(populations), axis=0)
+        populations, coherence = (jnp.where(valid, values, jnp.nan) for values in (populations, coherence))
+        return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
 
 
 def averaged(
@@ -216,18 +235,28 @@ def times(a: Array, b: Array) -> Array:
     return jnp.stack([a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]])
 
 
-def judged(table: AreaTable) -> AreaTable:
-    """The table with the truncation of its series added to its errors, extrapolated from the last coefficients."""
+def judged(table: AreaTable, phases: tuple[Float[Array, "..."], Float[Array, "..."]] | None = None) -> AreaTable:
+    """The table with the truncation of its series added to its errors, extrapolated from the last coefficients.
 
-    def left_out(last: Array, theta: Array, n: int) -> Array:
-        # Ratio of successive even Bessel functions, doubled for what is folded back.
-        ratio = (theta / 2) ** 2 / ((2 * n + 2) * (2 * n + 1))
-        return 2 * ratio * jnp.max(jnp.abs(last).reshape((-1, *theta.shape)), axis=0)
+    `phases`: what light shifts turn at the largest areas, rad; None without.
+    """
 
-    n, m, rest = (len(series) - 1 for series in (table.first, table.second, table.residual))
-    alone = table.error_alone + left_out(table.alone[-1], table.theta_1, n)
-    both = table.error_both + left_out(table.first[-1], table.theta_1, n) + left_out(table.second[-1], table.theta_2, m)
-    if rest > 0:
-        both = both + left_out(jnp.sum(jnp.abs(table.residual[-1]), axis=0), table.theta_1, rest)
-        both = both + left_out(jnp.sum(jnp.abs(table.residual[:, -1]), axis=0), table.theta_2, rest)
+    def left_out(series: Array, pulse: int) -> Array:
+        theta, n = (table.theta_1, table.theta_2)[pulse], len(series) - 1
+        sizes = [jnp.max(jnp.abs(a).reshape((-1, *theta.shape)), axis=0) for a in (series[-1], series[-2])]
+        if phases is None:
+            # Ratio of successive even Bessel functions, doubled for what is folded back.
+            return 2 * (theta / 2) ** 2 / ((2 * n + 2) * (2 * n + 1)) * sizes[0]
+        # Saddle point of exp(theta rho / 2 + phase rho^2 / 4) / rho^j; j = 2 theta / rho without phase, as above.
+        step = (theta / 2 + jnp.sqrt((theta / 2) ** 2 + 2 * phases[pulse] * (2 * n + 2))) / 2
+        ratio = step**2 / ((2 * n + 2) * (2 * n + 1))
+        # Coefficients of a complex phase come and go: of the last two, the one that promises less.
+        last = jnp.maximum(sizes[0], ratio * sizes[1])
+        return jnp.where(ratio < 1, 2 * ratio / (1 - jnp.minimum(ratio, 0.99)) * last, jnp.inf)
+
+    alone = table.error_alone + left_out(table.alone, 0)
+    both = table.error_both + left_out(table.first, 0) + left_out(table.second, 1)
+    if len(table.residual) > 1:
+        both = both + left_out(jnp.sum(jnp.abs(table.residual), axis=1), 0)
+        both = both + left_out(jnp.sum(jnp.abs(table.residual), axis=0), 1)
     return dataclasses.replace(table, error_alone=alone, error_both=both)

@@ -74,6 +74,19 @@ def broadcast_batch(tree, shape: tuple[int, ...], leading: int = 0, narrow: tupl
     return jnp.broadcast_to(tree.reshape(lead + batch), lead + (narrow if fits else shape))
 
 
+def with_last_axis(tree, leading: int | None = 0):
+    """The same modules with room for one more axis behind those of the batch."""
+    if isinstance(tree, tuple | list):
+        return tuple(with_last_axis(item, leading) for item in tree)
+    if isinstance(tree, eqx.Module):
+        fields = [f for f in dataclasses.fields(tree) if not f.metadata.get("static", False)]
+        new = {f.name: with_last_axis(getattr(tree, f.name), f.metadata.get("leading", 0)) for f in fields}
+        return dataclasses.replace(tree, **new)
+    if not eqx.is_array(tree) or leading is None or tree.ndim <= leading:
+        return tree
+    return tree[..., None]
+
+
 def is_traced(*trees) -> bool:
     """Whether any number is still a tracer, so that Python cannot look at its value."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))

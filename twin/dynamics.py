@@ -122,8 +122,9 @@ def evolve(
         A `Solution`, batch axes last.
 
     Raises:
-        ValueError: 64-bit JAX is off; a window that ends before it begins; a traced value without `steps`; at the
-            unbatched door, a pulse that no step has seen or a grid too coarse for the requested error.
+        ValueError: 64-bit JAX is off; a window that ends before it begins; a traced value without `steps`; light shifts
+            under `Magnus()`; at the unbatched door, a pulse that no step has seen or a grid too coarse for the
+            requested error.
     """
     problem, shape, method = pose(system, pulses, start=start, window_s=window_s, save_s=save_s, method=method)
     solution, seen, success = solve(problem, shape, method, save_s is None)
@@ -144,6 +145,8 @@ def pose(
             "or call jax.config.update('jax_enable_x64', True) before the first array."
         )
     method = StaticGrid() if method is None else method
+    if isinstance(method, Magnus):
+        system.refuse_light_shifts("`Magnus()`")
     if len(pulses) > len(system.couplings):
         raise ValueError(
             f"{len(pulses)} pulses for {len(system.couplings)} couplings; give at most one pulse a coupling."

@@ -28,6 +28,7 @@ from twin.loop import Response
 DYNAMICAL = (
     *("detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"),
     *("sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s", "lifetime_s", "branching", "m_lifetime_s"),
+    *("stark_1_hz", "stark_2_hz"),
 )
 # Fields of a table that populations need, with the number of their axes before the settings.
 _FIELDS = {"alone": 2, "first": 2, "second": 3, "residual": 3}
@@ -91,7 +92,8 @@ class EmulatedSeries(eqx.Module):
         inside = jnp.all(jnp.stack([settings.detuning_1_hz, settings.detuning_2_hz]) == self.offsets, axis=0)
         basis = jnp.ones(len(self.degrees))
         for k, name in enumerate(self.names):
-            u = (2 * getattr(device, name) - self.low[k] - self.high[k]) / (self.high[k] - self.low[k])
+            value = getattr(device, name)
+            u = (2 * (0.0 if value is None else value) - self.low[k] - self.high[k]) / (self.high[k] - self.low[k])
             inside = inside & (jnp.abs(u) <= 1 + 1e-9)
             basis = basis * _chebyshev(u, self.largest_degree)[self.degrees[:, k]]
         fields = {name: jnp.tensordot(basis, c, 1) for name, c in self.coefficients.items()}

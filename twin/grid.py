@@ -6,6 +6,7 @@ support and core, half way between these, and at each breakpoint; between the kn
 an action density
 
     density = max_k w_k (a / timescale_k + c |detuning_k|) + b sum_k Omega_k + d (sum of jump rates)       (1/s)
+              + c (light shifts at Omega_k)
 
 over the pulses present, with Omega_k the largest Rabi frequency between the two knots. In the interaction picture an
 error of a step, in a wing where little happens, is small with Omega_k: w_k = (Omega_k / peak_k)^(1/8). The integral of
@@ -139,6 +140,7 @@ def _density(
 ) -> Float[Array, "segments ..."]:
     """Action a second in each segment, see above."""
     turn, rabi = jnp.zeros(left.shape), jnp.zeros(left.shape)
+    of_line: dict = {}
     for (source, target), pulse in zip(system.couplings, pulses, strict=False):
         detuning = jnp.abs(system.energies_rad_s[system.index(target)] - system.energies_rad_s[system.index(source)])
         peak = jnp.abs(pulse.peak_rad_s)
@@ -146,7 +148,10 @@ def _density(
         weight = jnp.where(peak > 0, (largest / jnp.where(peak > 0, peak, 1.0)) ** (1 / _ORDER), 0.0)
         turn = jnp.maximum(turn, weight * (_TIME_WEIGHT / pulse.timescale_s + _ENERGY_WEIGHT * detuning))
         rabi = rabi + largest
-    return turn + _RABI_WEIGHT * rabi + _RATE_WEIGHT * rates(system, ())
+        of_line[frozenset((source, target))] = of_line.get(frozenset((source, target)), 0.0) + largest
+    shifts = [shift.spread_s * of_line.get(frozenset(shift.coupling), 0.0) ** 2 for shift in system.light_shifts]
+    slow = _RATE_WEIGHT * rates(system, ())
+    return turn + _RABI_WEIGHT * rabi + _ENERGY_WEIGHT * sum(shifts, jnp.zeros(())) + slow
 
 
 DOPRI8 = StepRule(_density, order=_ORDER, action=0.66, error=1e-8)

@@ -2,6 +2,7 @@
 
     drho/dt = -i [H, rho] + sum_j ( L_j rho L_j^+ - {L_j^+ L_j, rho} / 2 )
     H = sum_j E_j |j><j| + 1/2 sum_k ( Omega_k exp(-i phi_k) |to_k><from_k| + h.c. )        (hbar = 1, rad/s, RWA)
+    E_j(t) = E_j + sum_i w_ij c_i |Omega_i(t)|^2 with light shifts
 
 Roles: v ("vacuum"), s ("signal"), m ("memory", the measured arm), l (leak). Pulse 1 drives v-s, pulse 2 drives s-m.
 Detunings are laser minus line, delta_k = 2 pi detuning_k_hz. The phase of laser k enters the rotating frame as the
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from twin.batching import check_not_negative, physical, real_array
+from twin.batching import check_not_negative, check_values, physical, real_array
 
 
 class Decay(eqx.Module):
@@ -52,6 +53,30 @@ class Dephasing(eqx.Module):
         check_not_negative("rate_per_s", self.rate_per_s, "1/s")
 
 
+class LightShift(eqx.Module):
+    """AC Stark shift by the light of a line: level j rises by `w_j coefficient |Omega(t)|^2` at once.
+
+    Args:
+        coupling: the two levels of the line. Omega is the sum of all drives between them; none, no shift.
+        weights: w_j, one number a level, in the order of the graph.
+        coefficient_s: rad/s of energy for each (rad/s)^2 of Rabi frequency, shape (*batch); either sign.
+    """
+
+    coupling: tuple[str, str] = eqx.field(static=True)
+    weights: tuple[float, ...] = eqx.field(static=True)
+    coefficient_s: Float[Array, "..."] = physical()
+
+    def __check_init__(self):
+        check_values(
+            "coefficient_s", self.coefficient_s, lambda v: v == v, "finite", "give it in s, rad/s for rad^2/s^2"
+        )
+
+    @property
+    def spread_s(self) -> Float[Array, "..."]:
+        """Largest coefficient by which two levels move apart, s."""
+        return (max(self.weights) - min(self.weights)) * jnp.abs(self.coefficient_s)
+
+
 class LevelSystem(eqx.Module):
     """A small level graph in its rotating frame.
 
@@ -60,6 +85,7 @@ class LevelSystem(eqx.Module):
         couplings: `(from, to)` of each pulse, in the order in which pulses are given to `evolve`.
         energies_rad_s: rotating-frame energy of each level, rad/s, shape (levels, *batch).
         decays, dephasings: the jumps; none for a closed system.
+        light_shifts: what the drives do to the energies.
     """
 
     levels: tuple[str, ...] = eqx.field(static=True)
@@ -67,22 +93,24 @@ class LevelSystem(eqx.Module):
     energies_rad_s: Float[Array, "levels ..."] = physical(1)
     decays: tuple[Decay, ...] = ()
     dephasings: tuple[Dephasing, ...] = ()
+    light_shifts: tuple[LightShift, ...] = ()
 
     def __check_init__(self):
         if len(set(self.levels)) != len(self.levels):
             raise ValueError(f"`levels` must have distinct names, but is {self.levels}.")
         named = [n for pair in self.couplings for n in pair]
         named += [n for d in self.decays for n in (d.source, d.target)]
+        named += [n for shift in self.light_shifts for n in shift.coupling]
         for name in named:
             if name not in self.levels:
                 raise ValueError(f"level `{name}` is not in the graph {self.levels}; name one of these.")
         for pair in self.couplings:
             if pair[0] == pair[1]:
                 raise ValueError(f"a coupling must join two levels, but {pair} joins one to itself.")
-        for d in self.dephasings:
-            if len(d.weights) != len(self.levels):
+        for weighted in (*self.dephasings, *self.light_shifts):
+            if len(weighted.weights) != len(self.levels):
                 raise ValueError(
-                    f"`weights` must have {len(self.levels)} entries, one a level, but has {len(d.weights)}."
+                    f"`weights` must have {len(self.levels)} entries, one a level, but has {len(weighted.weights)}."
                 )
         if self.energies_rad_s.shape[:1] != (len(self.levels),):
             raise ValueError(
@@ -101,8 +129,27 @@ class LevelSystem(eqx.Module):
         name = {self.levels[j]: str(place) for place, j in enumerate(order)}
         decays = tuple(Decay(name[d.source], name[d.target], d.rate_per_s) for d in self.decays)
         dephasings = tuple(Dephasing(tuple(d.weights[j] for j in order), d.rate_per_s) for d in self.dephasings)
+        # Light of other lines is off.
+        shifts = tuple(
+            LightShift(("0", "1"), tuple(shift.weights[j] for j in order), shift.coefficient_s)
+            for shift in self.light_shifts
+            if set(shift.coupling) == set(self.couplings[k])
+        )
         levels = tuple(str(place) for place in range(len(order)))
-        return LevelSystem(levels, (("0", "1"),), self.energies_rad_s[np.array(order)], decays, dephasings), order
+        energies = self.energies_rad_s[np.array(order)]
+        return LevelSystem(levels, (("0", "1"),), energies, decays, dephasings, shifts), order
+
+    def refuse_light_shifts(self, solver: str) -> None:
+        """Raises where a solver would leave light shifts out.
+
+        Raises:
+            ValueError: the graph has light shifts.
+        """
+        if self.light_shifts:
+            raise ValueError(
+                f"{solver} cannot follow light shifts, which change with the drive; leave `light_shifts` out "
+                "(`stark_1_hz`, `stark_2_hz` of a device), or solve by StaticGrid, AreaSeries or Adaptive."
+            )
 
     @property
     def closed(self) -> bool:
@@ -113,21 +160,23 @@ class LevelSystem(eqx.Module):
 def side_by_side(systems: Sequence[LevelSystem], shape: tuple[int, ...]) -> LevelSystem:
     """Graphs of the same levels and couplings as one batch, shape (systems, *shape).
 
-    A jump that a graph lacks has rate zero there.
+    A jump that a graph lacks has rate zero there, and a light shift the coefficient zero.
     """
     stack = lambda row: jnp.stack([jnp.broadcast_to(value, shape) for value in row])
 
-    def rates(jumps: list, key: Callable) -> dict:
-        """Rate of each kind of jump in each graph."""
+    def sums(terms: list, key: Callable, number: Callable) -> dict:
+        """Number of each kind of term in each graph."""
         found: dict = {}
-        for k, some in enumerate(jumps):
-            for jump in some:
-                row = found.setdefault(key(jump), [jnp.zeros(())] * len(systems))
-                row[k] = row[k] + jump.rate_per_s
+        for k, some in enumerate(terms):
+            for term in some:
+                row = found.setdefault(key(term), [jnp.zeros(())] * len(systems))
+                row[k] = row[k] + number(term)
         return found
 
-    decays = rates([s.decays for s in systems], lambda d: (d.source, d.target))
-    dephasings = rates([s.dephasings for s in systems], lambda d: d.weights)
+    rate = lambda jump: jump.rate_per_s
+    decays = sums([s.decays for s in systems], lambda d: (d.source, d.target), rate)
+    dephasings = sums([s.dephasings for s in systems], lambda d: d.weights, rate)
+    shifts = sums([s.light_shifts for s in systems], lambda a: (a.coupling, a.weights), lambda a: a.coefficient_s)
     first = systems[0]
     return LevelSystem(
         first.levels,
@@ -135,6 +184,7 @@ def side_by_side(systems: Sequence[LevelSystem], shape: tuple[int, ...]) -> Leve
         jnp.stack([stack([s.energies_rad_s[j] for s in systems]) for j in range(len(first.levels))]),
         tuple(Decay(source, target, stack(row)) for (source, target), row in decays.items()),
         tuple(Dephasing(weights, stack(row)) for weights, row in dephasings.items()),
+        tuple(LightShift(coupling, weights, stack(row)) for (coupling, weights), row in shifts.items()),
     )
 
 
@@ -167,6 +217,8 @@ class Scheme(eqx.Module):
         shared_linewidth_hz=None,
         linewidth_1_hz=None,
         linewidth_2_hz=None,
+        light_shift_1_s=None,
+        light_shift_2_s=None,
     ) -> LevelSystem:
         """The level graph with numbers.
 
@@ -177,6 +229,8 @@ class Scheme(eqx.Module):
             m_lifetime_s: lifetime of the ladder's top level, s, all of it lost to `l`.
             shared_linewidth_hz: FWHM linewidth of the one source of both lines, Hz; None for two sources.
             linewidth_1_hz, linewidth_2_hz: FWHM linewidths of two independent sources, Hz.
+            light_shift_1_s, light_shift_2_s: rise of the line's own frequency by the light of its pulse, rad/s for each
+                (rad/s)^2 of Rabi frequency; the detuning falls by as much. None for no shift.
         """
         delta = [2 * jnp.pi * real_array(d) for d in (detuning_1_hz, detuning_2_hz)]
         shape = jnp.broadcast_shapes(delta[0].shape, delta[1].shape)
@@ -197,7 +251,16 @@ class Scheme(eqx.Module):
         for slopes, linewidth in zip(self.slopes, (linewidth_1_hz, linewidth_2_hz), strict=True):
             if linewidth is not None:
                 dephasings.append(Dephasing(slopes, jnp.pi * real_array(linewidth)))
-        return LevelSystem(self.levels, (("v", "s"), ("s", "m")), energies, decays, tuple(dephasings))
+        couplings = (("v", "s"), ("s", "m"))
+        shifts = tuple(
+            # A line that rises is a detuning that falls.
+            LightShift(coupling, tuple(-slope for slope in slopes), coefficient)
+            for coupling, slopes, coefficient in zip(
+                couplings, self.slopes, (light_shift_1_s, light_shift_2_s), strict=True
+            )
+            if coefficient is not None
+        )
+        return LevelSystem(self.levels, couplings, energies, decays, tuple(dephasings), shifts)
 
     @property
     def signal_is_dark(self) -> bool:

@@ -47,6 +47,22 @@ class Response(eqx.Module):
     method: str = eqx.field(static=True)
 
 
+def averaged(response: Response, weights: Float[Array, "..."], axis: int = 1) -> Response:
+    """The mean of a response over one of its batch axes; valid where all of them are.
+
+    `axis` is that of the populations, 1 (the first) or -1 (the last).
+    """
+    mean = lambda values: jnp.sum(weights * values, axis=axis)
+    own = axis - 1 if axis > 0 else axis
+    return Response(
+        mean(response.populations),
+        mean(response.coherence_vs),
+        jnp.all(response.valid, axis=own),
+        jnp.max(response.error_estimate, axis=own),
+        response.method,
+    )
+
+
 class Settings(eqx.Module):
     """Known laser offsets, laser minus line, and which of them each cycle has.
 

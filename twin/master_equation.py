@@ -8,7 +8,7 @@ Unrolling keeps only the couplings and jumps that exist (a three-level step is s
 Runge-Kutta steps solve them in the interaction picture of the energies, where a level at rest does not turn: the
 couplings turn instead (`turning`), and matter only while a pulse is on. `turned_back` leads to the rotating frame of
 the graph, in which Magnus steps are taken: real couplings cost less, and energies are no trouble to an
-exponential.
+exponential. Light shifts follow the drives and stay where they are in both; drives must then not be scaled with time.
 """
 
 from collections.abc import Sequence
@@ -61,6 +61,25 @@ def _hamiltonian(system: LevelSystem, drives: list[Drive]) -> dict[tuple[int, in
     return elements
 
 
+def _lights(system: LevelSystem, h: dict[tuple[int, int], _Pair]) -> list[tuple[tuple[float, ...], _Part]]:
+    """Weights of the levels and `coefficient |Omega|^2`, rad/s, of each light shift; H_ab is half of Omega."""
+    found = []
+    for shift in system.light_shifts:
+        real, imag = h.get((system.index(shift.coupling[0]), system.index(shift.coupling[1])), (None, None))
+        square = _add(_mul(real, real), _mul(imag, imag))
+        found.append((shift.weights, _mul(4 * shift.coefficient_s, square)))
+    return found
+
+
+def _shift(lights: list[tuple[tuple[float, ...], _Part]], above: int, below: int | None = None) -> _Part:
+    """By how much light raises a level, or the distance of two."""
+    total: _Part = None
+    for weights, size in lights:
+        weight = weights[above] - (0.0 if below is None else weights[below])
+        total = _add(total, _mul(jnp.asarray(weight), size) if weight else None)
+    return total
+
+
 def reached(system: LevelSystem, nonzero: Sequence[int], *, pure: bool) -> tuple[int, ...]:
     """Components that become nonzero in the course of the evolution, if these are at its beginning."""
     n = len(system.levels)
@@ -100,6 +119,7 @@ def lindblad_components(
         real, imag = rho[n + 2 * k], rho[n + 2 * k + 1]
         parts[a, b], parts[b, a] = (real, imag), (real, _negative(imag))
     h = _hamiltonian(system, drives)
+    lights = _lights(system, h)
     loss: list[_Part] = [None] * n
     for decay in system.decays:
         source = system.index(decay.source)
@@ -128,9 +148,10 @@ def lindblad_components(
         out.append(change)
     for a, b in pairs:
         real, imag = commutator(a, b)
+        energy = _shift(lights, a, b)
         if rotating:
-            energy = system.energies_rad_s[a] - system.energies_rad_s[b]
-            real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
+            energy = _add(system.energies_rad_s[a] - system.energies_rad_s[b], energy)
+        real, imag = _add(real, _mul(energy, parts[a, b][0])), _add(imag, _mul(energy, parts[a, b][1]))
         damping: _Part = None
         for level in (a, b):
             damping = _add(damping, _mul(jnp.asarray(0.5), loss[level]))
@@ -148,10 +169,11 @@ def schroedinger_components(
     """d c / dt component by component, `i dc/dt = H c`; None and `rotating` as for `lindblad_components`."""
     n = len(system.levels)
     h = _hamiltonian(system, drives)
+    lights = _lights(system, h)
     reals: list[_Part] = []
     imags: list[_Part] = []
     for a in range(n):
-        energy = system.energies_rad_s[a] if rotating else None
+        energy = _add(system.energies_rad_s[a] if rotating else None, _shift(lights, a))
         real: _Part = _mul(energy, amplitudes[a])
         imag: _Part = _mul(energy, amplitudes[n + a])
         for b in range(n):

@@ -10,10 +10,9 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import erfc
 from jaxtyping import Array, Float
 
-from twin import area_table, phonons
+from twin import area_table, phonons, planning, shots
 from twin import motion as single_mode
 from twin.area_series import AreaSeries, Timing, tabulate
 from twin.area_table import AreaTable
@@ -26,17 +25,18 @@ from twin.batching import (
     physical,
     real_array,
 )
-from twin.closed_form import overlap_bound, separated_coherence, separated_populations, set_area
+from twin.closed_form import separated_coherence, separated_populations, set_area
 from twin.dynamics import Adaptive, Solution, StaticGrid, evolve
 from twin.emulator import EmulatedSeries, EmulatedTable
 from twin.levels import SCHEMES, LevelSystem, Scheme
-from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, run, sine_input, stream
+from twin.loop import AbstractMemristor, Loop, Responder, Response, Settings, averaged, run, sine_input, stream
 from twin.memory import AbstractMemory
 from twin.phonons import Motion
 from twin.photonic import PhotonicMemristor
 from twin.planning import Automatic, ClosedForm, Lindblad, Method, coarsened, plan_steps, planned, ready
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability
+from twin.slow_noise import SlowNoise
 
 __all__ = [
     "AbstractMemristor",
@@ -90,9 +90,14 @@ class IonMemristor(AbstractMemristor):
             pulse 1 alone is read `tail_s` after that pulse.
         lifetime_s: of 2D3/2 F=2, s; infinite for no decay. branching: fraction of it to 2S1/2 F=0.
         m_lifetime_s: of the ladder's top level, s.
+        stark_1_hz, stark_2_hz: light shift of each line by its own pulse, Hz: at the peak of a pulse of area pi and the
+            nominal width. The line's frequency rises by `stark_k_hz (Omega_k(t) / Omega_pi,k)^2` and the detuning falls
+            by it. Omega_k is that of the carrier, slowed by the motion; the true shift is not, a difference of second
+            order in eta. None for no shift, which costs nothing.
         amplitude_1, amplitude_2: commanded factors on the nominal Rabi frequencies (1 unless pulses are optimized).
         motion: the modes that carry the ion, where one mode with `eta_1`, `eta_2` and `phonon_nodes` does not describe
             them; `n_bar` and `heating_rate_per_s` are then those of its reference mode.
+        slow_noise: of amplitudes and detunings, new in each shot; responses are averaged over it (`twin.shots`).
     """
 
     memory: AbstractMemory
@@ -124,9 +129,12 @@ class IonMemristor(AbstractMemristor):
     lifetime_s: Float[Array, "..."] = physical(default=52.7e-3)
     branching: Float[Array, "..."] = physical(default=0.4)
     m_lifetime_s: Float[Array, "..."] = physical(default=math.inf)
+    stark_1_hz: Float[Array, "..."] | None = physical(default=None)
+    stark_2_hz: Float[Array, "..."] | None = physical(default=None)
     amplitude_1: Float[Array, "..."] = physical(default=1.0)
     amplitude_2: Float[Array, "..."] = physical(default=1.0)
     motion: Motion | None = None
+    slow_noise: SlowNoise | None = None
 
     def __check_init__(self):
         if self.scheme not in SCHEMES:
@@ -135,12 +143,10 @@ class IonMemristor(AbstractMemristor):
             check_positive(name, getattr(self, name), "seconds")
         for name in ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2", "n_bar", "eta_1", "eta_2"):
             check_not_negative(name, getattr(self, name), "a plain number")
-        for name in ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz", "detuning_1_hz"):
-            accept = (lambda v: v == v) if name.startswith("detuning") else (lambda v: v >= 0)
-            check_values(
-                name, getattr(self, name), accept, "finite and, for a linewidth, not negative", "give it in Hz"
-            )
-        check_values("detuning_2_hz", self.detuning_2_hz, lambda v: v == v, "finite", "give it in Hz")
+        for name in ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"):
+            check_not_negative(name, getattr(self, name), "Hz")
+        for name in ("detuning_1_hz", "detuning_2_hz", "stark_1_hz", "stark_2_hz"):
+            check_values(name, getattr(self, name), lambda v: v == v, "finite", "give it in Hz")
         for name in ("separation_s", "lead_s", "tail_s"):
             check_not_negative(name, getattr(self, name), "seconds")
         check_not_negative("heating_rate_per_s", self.heating_rate_per_s, "phonons a second")
@@ -170,7 +176,7 @@ class IonMemristor(AbstractMemristor):
     def prepared(self, x_set, settings: Settings) -> "IonMemristor":
         device = self
         if isinstance(device.method, Automatic):
-            device = dataclasses.replace(device, method=device._choose(device.method.error, x_set, settings))
+            device = dataclasses.replace(device, method=planning.chosen(device, x_set, settings))
         cycles = x_set.shape[0] // settings.count if jnp.ndim(x_set) else 1
         if is_traced(device, settings):
             return device  # what must be planned is refused where it is needed
@@ -192,6 +198,8 @@ class IonMemristor(AbstractMemristor):
                 f"`{type(method).__name__}` is decided from known values by `run`, `prepared` and `planned`; "
                 "inside jit, grad or vmap name the method: AreaSeries or StaticGrid, planned for the values to come."
             )
+        if self.slow_noise is not None:
+            return shots.averaging(self, settings, largest)
         table = self.tabulated(settings, largest) if isinstance(method, AreaSeries) else None
         # With many nodes it pays to average the series, once, rather than every cycle.
         folded = table is not None and self.motion is not None
@@ -209,7 +217,7 @@ class IonMemristor(AbstractMemristor):
             elif not folded:
                 theta_1, theta_2 = self.at_rest(theta_1, theta_2)
             if isinstance(table, AreaTable) and isinstance(method, AreaSeries):
-                response = _from_table(table, theta_1, theta_2, now.of_cycle, alone, method.grid.error)
+                response = table.respond(theta_1, theta_2, now.of_cycle, alone, method.grid.error)
             elif isinstance(table, EmulatedTable):
                 response = table.respond(theta_1, theta_2, now.of_cycle, alone)
             elif isinstance(method, ClosedForm):
@@ -307,7 +315,15 @@ class IonMemristor(AbstractMemristor):
             shared_linewidth_hz=self.laser_linewidth_hz,
             linewidth_1_hz=self.laser_linewidth_1_hz,
             linewidth_2_hz=self.laser_linewidth_2_hz,
+            light_shift_1_s=self._light_shift_s(1),
+            light_shift_2_s=self._light_shift_s(2),
         )
+
+    def _light_shift_s(self, pulse: int) -> Float[Array, "..."] | None:
+        """2 pi stark / Omega_pi^2 with Omega_pi = pi / (sqrt(2 pi) nominal sigma)."""
+        stark_hz, nominal_s = getattr(self, f"stark_{pulse}_hz"), getattr(self, f"nominal_sigma_{pulse}_s")
+        sigma_s = getattr(self, f"sigma_{pulse}_s") if nominal_s is None else nominal_s
+        return None if stark_hz is None else 4 * stark_hz * sigma_s**2
 
     def pulses(self, theta_1, theta_2=None) -> tuple[Gaussian, ...]:
         """The waveforms of these areas, the centre of pulse 1 at time zero; pulse 1 alone without `theta_2`."""
@@ -370,64 +386,5 @@ class IonMemristor(AbstractMemristor):
     # ------------------------------------------------------------------------------------------------ choosing
 
     def closed_form_error(self, x_set, r_set, detuning_1_set_hz=0.0, detuning_2_set_hz=0.0) -> Float[Array, "..."]:
-        """Bound on the error of `ClosedForm` in any population: overlap + cut tails + detuning + decay + dephasing.
-
-            |w| + theta_k erfc(edge / sqrt 2 sigma_k) / 4 + 2 (delta_k sigma_k)^2 + time / lifetime + 2 D_k sigma_k
-
-        Overlap and tails are rigorous; decay is (one jump at most matters); detuning and dephasing are the leading
-        orders with factors above those of a pi pulse (1.11 and 0.73). Motion costs nothing: both methods average it.
-        `r_set` None bounds the run of pulse 1 alone.
-        """
-        both = r_set is not None
-        theta_1, theta_2 = self.areas(x_set, r_set if both else jnp.zeros_like(x_set))
-        used = [(theta_1, self.sigma_1_s, self.detuning_1_hz + detuning_1_set_hz, self.laser_linewidth_1_hz)]
-        if both:
-            used.append((theta_2, self.sigma_2_s, self.detuning_2_hz + detuning_2_set_hz, self.laser_linewidth_2_hz))
-        total = overlap_bound(theta_1, theta_2, self.separation_s, self.sigma_1_s, self.sigma_2_s)
-        tail_s = self.tail_s + (self.separation_s if both else 0.0)
-        for k, (theta, sigma_s, detuning_hz, linewidth_hz) in enumerate(used):
-            before, after = (self.lead_s, tail_s) if k == 0 else (self.lead_s + self.separation_s, self.tail_s)
-            cut = erfc(before / (math.sqrt(2) * sigma_s)) + erfc(after / (math.sqrt(2) * sigma_s))
-            delta = 2 * jnp.pi * detuning_hz
-            dephasing = jnp.pi * (linewidth_hz + self.laser_linewidth_hz)
-            total = total + theta * cut / 4 + 2 * (delta * sigma_s) ** 2 + 2 * dephasing * sigma_s
-        return total + (self.lead_s + tail_s) * (1 / self.lifetime_s + 1 / self.m_lifetime_s)
-
-    def _choose(self, error: float, x_set, settings: Settings) -> ClosedForm | Lindblad:
-        bound = self.closed_form_error(x_set, jnp.ones_like(x_set), *settings.by_cycle())
-        if is_traced(bound):
-            raise ValueError(
-                "`Automatic` cannot choose from traced values; inside jit, grad or vmap name the method: "
-                "ClosedForm() or StaticGrid()."
-            )
-        return ClosedForm() if bool(jnp.all(bound <= error)) else Lindblad(error)
-
-
-def _from_table(table: AreaTable, theta_1, theta_2, of_cycle, alone, requested) -> Response:
-    """Cycles read off the series of their device; those that miss the requested error are flagged and NaN."""
-    at = lambda values: values if of_cycle is None else values[of_cycle]
-    read = []
-    if alone is not False:
-        read.append((*table.after_first(theta_1, of_cycle), at(table.error_alone)))
-    if alone is not True:
-        read.append((*table.after_both(theta_1, theta_2, of_cycle), at(table.error_both)))
-    if len(read) == 2:
-        read = [tuple(jnp.where(alone, a, b) for a, b in zip(*read, strict=True))]
-    populations, coherence, error = read[0]
-    cycles = populations.shape[1:]
-    good = at(table.valid) & (error <= requested)
-    valid = jnp.broadcast_to(good, cycles) & jnp.all(jnp.isfinite(populations), axis=0)
-    populations, coherence = (jnp.where(valid, values, jnp.nan) for values in (populations, coherence))
-    return Response(populations, coherence, valid, jnp.broadcast_to(error, cycles), "area series")
-
-
-def averaged(response: Response, weights: Float[Array, "nodes ..."]) -> Response:
-    """The mean of a response over phonon numbers, the first batch axis."""
-    mean = lambda values: jnp.sum(weights * values, axis=1)
-    return Response(
-        mean(response.populations),
-        mean(response.coherence_vs),
-        jnp.all(response.valid, axis=0),
-        jnp.max(response.error_estimate, axis=0),
-        response.method,
-    )
+        """Bound on the error of `ClosedForm` in any population: see `twin.planning.closed_form_error`."""
+        return planning.closed_form_error(self, x_set, r_set, detuning_1_set_hz, detuning_2_set_hz)

@@ -19,6 +19,7 @@ and turn the phases of the drives with it; they hold for any strength, within th
 References: T. J. Green, J. Sastrawan, H. Uys and M. J. Biercuk, New J. Phys. 15, 095004 (2013), for infidelities.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -68,6 +69,7 @@ def laser_noise(scheme: Scheme, laser: int | str, spectrum: AbstractSpectrum) ->
 
 def _check_grid(system, pulses, noises: Sequence[PhaseNoise], window_s, steps: int) -> tuple[LevelSystem, Array]:
     """The graph with the couplings in use, and the window; refuses what a value or a shape shows to be wrong."""
+    system.refuse_light_shifts("the average over coloured noise")
     if len(pulses) > len(system.couplings):
         raise ValueError(
             f"{len(pulses)} pulses for {len(system.couplings)} couplings; give at most one pulse a coupling."
@@ -201,7 +203,7 @@ def filtered(
 
 def without_jumps(system: LevelSystem) -> LevelSystem:
     """The graph without its decays and dephasings."""
-    return LevelSystem(system.levels, system.couplings, system.energies_rad_s)
+    return dataclasses.replace(system, decays=(), dephasings=())
 
 
 @eqx.filter_jit

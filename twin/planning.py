@@ -12,21 +12,18 @@ from collections.abc import Mapping
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import erfc
+from jaxtyping import Array, Float
 
-from twin import emulator
+from twin import emulator, shots
 from twin import grid as grids
-from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, reach, starts_of
-from twin.batching import batch_shape, real_array
+from twin.area_series import SOLVE_SHARE, AreaSeries, choose_nodes, light_phases, reach, starts_of
+from twin.batching import batch_shape, is_traced, real_array
 from twin.closed_form import overlap_bound
 from twin.dynamics import Adaptive, StaticGrid
 from twin.emulator import EmulatedSeries
-
-
-class ClosedForm(eqx.Module):
-    """Resonant pulses far apart in time, no decay and no dephasing: exact there, wrong elsewhere.
-
-    Motion and readout are kept; detunings, overlap, decay and linewidth are ignored (`closed_form_error` bounds them).
-    """
+from twin.methods import ClosedForm
+from twin.slow_noise import SlowNoise, without_detuning
 
 
 class Lindblad(eqx.Module):
@@ -53,6 +50,60 @@ Method = ClosedForm | Lindblad | Automatic | StaticGrid | AreaSeries | EmulatedS
 SOLVES_OF_CYCLE, _WORTH = 1.5, 0.7
 
 
+def closed_form_error(ion, x_set, r_set, detuning_1_set_hz=0.0, detuning_2_set_hz=0.0) -> Float[Array, "..."]:
+    """Bound on the error of `ClosedForm` in any population: overlap + cut tails + detuning + decay + dephasing.
+
+        |w| + theta_k erfc(edge / sqrt 2 sigma_k) / 4 + 2 (delta_k sigma_k)^2 + time / lifetime + 2 D_k sigma_k
+
+    Overlap and tails are rigorous; decay is (one jump at most matters); detuning and dephasing are the leading orders
+    with factors above those of a pi pulse (1.11 and 0.73). delta_k is the detuning and, on top, the light shift at the
+    peak. Motion costs nothing: both methods average it. `r_set` None bounds the run of pulse 1 alone.
+    """
+    both = r_set is not None
+    areas = ion.areas(x_set, r_set if both else jnp.zeros_like(x_set))
+    offsets = (detuning_1_set_hz, detuning_2_set_hz)
+    total = overlap_bound(*areas, ion.separation_s, ion.sigma_1_s, ion.sigma_2_s)
+    tail_s = ion.tail_s + (ion.separation_s if both else 0.0)
+    for k, theta, offset_hz in zip((1, 2) if both else (1,), areas, offsets, strict=False):
+        sigma_s, detuning_hz, linewidth_hz, stark_hz, nominal_s = (
+            getattr(ion, f"{name}_{k}_{unit}")
+            for name, unit in (("sigma", "s"), ("detuning", "hz"), ("laser_linewidth", "hz"), ("stark", "hz"),
+                               ("nominal_sigma", "s"))
+        )  # fmt: skip
+        before, after = (ion.lead_s, tail_s) if k == 1 else (ion.lead_s + ion.separation_s, ion.tail_s)
+        cut = erfc(before / (math.sqrt(2) * sigma_s)) + erfc(after / (math.sqrt(2) * sigma_s))
+        off_hz = jnp.abs(detuning_hz + offset_hz)
+        if stark_hz is not None:
+            peak = theta / math.pi * (1.0 if nominal_s is None else nominal_s / sigma_s)
+            off_hz = off_hz + jnp.abs(stark_hz) * peak**2
+        if ion.slow_noise is not None:
+            theta = theta * (1 + getattr(ion.slow_noise, f"amplitude_noise_{k}"))
+        dephasing = jnp.pi * (linewidth_hz + ion.laser_linewidth_hz)
+        total = total + theta * cut / 4 + 2 * (2 * jnp.pi * off_hz * sigma_s) ** 2 + 2 * dephasing * sigma_s
+    return total + (ion.lead_s + tail_s) * (1 / ion.lifetime_s + 1 / ion.m_lifetime_s)
+
+
+def chosen(ion, x_set, settings) -> ClosedForm | Lindblad:
+    """What `Automatic` stands for, for cycles with these inputs.
+
+    Raises:
+        ValueError: traced values.
+    """
+    error = ion.method.error
+    noise = ion.slow_noise
+    if noise is not None and not is_traced(noise):
+        noises = (noise.detuning_noise_1_hz, noise.detuning_noise_2_hz)
+        if any(np.any(np.asarray(n) > 0) for n in noises):
+            return Lindblad(error)  # the closed form has no mean over detunings
+    bound = closed_form_error(ion, x_set, jnp.ones_like(x_set), *settings.by_cycle())
+    if is_traced(bound):
+        raise ValueError(
+            "`Automatic` cannot choose from traced values; inside jit, grad or vmap name the method: "
+            "ClosedForm() or StaticGrid()."
+        )
+    return ClosedForm() if bool(jnp.all(bound <= error)) else Lindblad(error)
+
+
 def ready(ion, *, cycles: int, detuning_set_hz: float):
     """An ion of known values whose method can run: a `Lindblad` decided, steps and nodes laid, rounded up generously.
 
@@ -60,7 +111,14 @@ def ready(ion, *, cycles: int, detuning_set_hz: float):
         ion: an `IonMemristor`.
         cycles: how many cycles share one setting.
         detuning_set_hz: largest magnitude of the laser offsets, Hz.
+
+    Raises:
+        ValueError: detuning noise with `ClosedForm`.
     """
+    if ion.slow_noise is not None and isinstance(ion.method, ClosedForm):
+        without_detuning(ion.slow_noise)
+    if ion.slow_noise is not None and ion.slow_noise.nodes is None:
+        ion = _with_draws(ion, {})
     if isinstance(ion.method, Lindblad):
         series = _series(ion, {}, detuning_set_hz, ion.method.error, generous=True)
         if pays(ion, series, SOLVES_OF_CYCLE * cycles):
@@ -85,6 +143,8 @@ def planned(device, box: Mapping[str, tuple[float, float]], *, detuning_set_hz: 
         solves: solves of both pulses that one setting takes directly; decides a `Lindblad`.
     """
     method = getattr(device, "method", None)
+    if hasattr(device, "slow_noise"):
+        device = _with_draws(device, box)
     if isinstance(method, Lindblad):
         series = _series(device, box, detuning_set_hz, method.error)
         method = series if pays(device, series, solves) else StaticGrid(error=method.error)
@@ -113,8 +173,19 @@ def emulated(ion, boxes: Mapping[str, tuple[float, float]], settings, *, error: 
     Raises:
         EmulationError: no polynomial of bearable size serves the box.
     """
+    ion = _with_draws(ion, boxes)
+    reached = shots.reach(ion, boxes)
+    if reached.detuning_hz > 0:
+        raise emulator.EmulationError("each draw of a detuning noise is a device of its own, which is not emulated.")
     series = _series(ion, boxes, settings.largest_hz, _TABLE_SHARE * error)
-    return emulator.emulated(ion, series, boxes, settings, error=error)
+    louder = {f"amplitude_{k}": factor for k, factor in ((1, reached.factor_1), (2, reached.factor_2))}
+    loud = dataclasses.replace(
+        ion, slow_noise=None, **{name: factor * getattr(ion, name) for name, factor in louder.items()}
+    )
+    own = {n: b for n, b in boxes.items() if n not in SlowNoise.parameters()}
+    own |= {name: (own[name][0], factor * own[name][1]) for name, factor in louder.items() if name in own}
+    made = emulator.emulated(loud, series, own, settings, error=error)
+    return dataclasses.replace(ion, method=made.method)
 
 
 def coarsened(device, error: float):
@@ -140,9 +211,8 @@ def _with_grid(device, **changes):
 def pays(ion, series: AreaSeries, solves: float) -> bool:
     """Whether a series takes clearly fewer solves than the cycles themselves."""
     assert series.nodes is not None
-    if ion.motion is not None:
-        # A series is averaged once; cycles are solved for each node of the average.
-        solves = solves * ion.motion.nodes
+    # A series is read for each draw of the areas, and averaged over modes once; cycles are solved for each of them.
+    solves = solves * shots.amplitude_draws(ion) * (1 if ion.motion is None else ion.motion.nodes)
     return series.nodes.lanes(len(starts_of(ion.system(0.0, 0.0)))) < _WORTH * solves
 
 
@@ -175,12 +245,14 @@ def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = Fal
     timing, areas = spread.timing, spread.largest_areas
     overlap = _largest(overlap_bound(*areas, timing.separation_s, timing.sigma_1_s, timing.sigma_2_s))
     theta_1, theta_2 = (_largest(theta) for theta in areas)
+    phase = max((_largest(phase) for phase in light_phases(system, timing, areas) or ()), default=0.0)
     if generous:
         theta_1, theta_2 = (math.ceil(1.05 * theta / (math.pi / 4)) * math.pi / 4 for theta in (theta_1, theta_2))
         overlap = 0.0 if overlap == 0 else 10 ** math.ceil(math.log10(overlap))
+        phase = math.ceil(2 * phase) / 2
     sigmas = reach(error)
     cut = bool(jnp.any(timing.tail_s < sigmas * timing.sigma_1_s))
-    nodes = choose_nodes(theta_1, theta_2, overlap, error, cut)
+    nodes = choose_nodes(theta_1, theta_2, overlap, error, cut, phase)
     windows, zero = timing.windows(sigmas), jnp.zeros_like(areas[0])
 
     def steps_of(window: str, thetas) -> int:
@@ -195,14 +267,32 @@ def _series(ion, box, detuning_set_hz: float, error: float, generous: bool = Fal
 
 
 def _corners(ion, box: Mapping[str, tuple[float, float]], detuning_set_hz: float):
-    """The ion and its level graph at the corners of the box and laser offsets of either sign, on a new first axis."""
+    """The ion and its level graph at the corners of the box and laser offsets of either sign, on a new first axis.
+
+    Where shots differ, it is the ion of the largest areas that are drawn, and offsets reach as far as detunings do.
+    """
+    reached = shots.reach(ion, box)
+    ion, detuning_set_hz = dataclasses.replace(ion, slow_noise=None), abs(detuning_set_hz) + reached.detuning_hz
     names = [name for name in box if hasattr(ion, name)]
     ranges = [box[name] for name in names] + [(-abs(detuning_set_hz), abs(detuning_set_hz))] * 2
     corners = np.array(list(itertools.product(*ranges)), float)
     axes = len(batch_shape(ion.system(0.0, 0.0), ion.pulses(ion.rabi_scale_1, ion.rabi_scale_2)))
     columns = [real_array(column.reshape((-1,) + (1,) * axes)) for column in corners.T]
     spread = dataclasses.replace(ion, **dict(zip(names, columns, strict=False)))
-    return spread, spread.system(*columns[-2:])
+    system = spread.system(*columns[-2:])
+    louder = (reached.factor_1 * spread.amplitude_1, reached.factor_2 * spread.amplitude_2)
+    return dataclasses.replace(spread, amplitude_1=louder[0], amplitude_2=louder[1]), system
+
+
+def _with_draws(ion, box: Mapping[str, tuple[float, float]]):
+    """The ion with the nodes of its slow noise laid for a box."""
+    if ion.slow_noise is None and not any(name in box for name in SlowNoise.parameters()):
+        return ion
+    spread, _ = _corners(dataclasses.replace(ion, slow_noise=None), box, 0.0)
+    grid = getattr(ion.method, "grid", ion.method)
+    error = getattr(grid, "finest", None) or getattr(grid, "error", None)
+    sigmas = (spread.sigma_1_s, spread.sigma_2_s)
+    return shots.laid(ion, box, spread.largest_areas, sigmas, None if error is None else float(error))
 
 
 def _largest(values) -> float:

@@ -146,7 +146,8 @@ class Register(AbstractMemristor):
 
     def with_method_of(self, planned: IonMemristor) -> "Register":
         """The register whose ions are solved as those of a planned device."""
-        ion = dataclasses.replace(self.ion, method=planned.method, steps=planned.steps)
+        own = {"method": planned.method, "steps": planned.steps, "slow_noise": planned.slow_noise}
+        ion = dataclasses.replace(self.ion, **own)
         return dataclasses.replace(self, ion=ion)
 
     def under(self, settings: Settings) -> Responder:

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from twin.batching import physical
-from twin.loop import AbstractMemristor, Responder, Response, Settings
+from twin.loop import AbstractMemristor, Responder, Response, Settings, averaged
 from twin.memory import AbstractMemory
-from twin.memristor import IonMemristor, averaged
+from twin.memristor import IonMemristor
 from twin.slices import Dense, Slices, Taylor, action_of, largest_action, propagate, taylor
 from twin.waveform import Waveform
 
@@ -139,9 +139,13 @@ def sampled(
         real_only: whether the imaginary parts are zero and are left out.
 
     Raises:
-        ValueError: drives without the axis of channels, or fewer of them than lines.
+        ValueError: drives without the axis of channels, or fewer of them than lines; an ion with light shifts or
+            slow noise.
     """
     shape = drives.real_rad_s.shape
+    ion.system(0.0, 0.0).refuse_light_shifts("an ion under sampled waveforms")
+    if ion.slow_noise is not None:
+        raise ValueError("sampled waveforms are not averaged over `slow_noise`; leave it out, or use Gaussian pulses.")
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"`drives` must have samples of shape (slices, lines, channels), but they have {shape}; "
                          "light one channel at a time.")  # fmt: skip

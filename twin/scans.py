@@ -8,6 +8,7 @@ its cycles, to that method's error: a closed form without detuning has no freque
 
 import abc
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from twin import grid as grids
-from twin import phonons
+from twin import phonons, shots, slow_noise
 from twin.area_series import AreaSeries
 from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.dynamics import evolve
@@ -30,6 +31,7 @@ from twin.methods import Adaptive, StaticGrid
 from twin.motion import carrier_factors, nodes_for
 from twin.planning import rounded_up
 from twin.pulses import Gaussian
+from twin.slow_noise import Nodes, SlowNoise, drawn, slow_quadrature
 
 # The action of a grid grows with the first and shrinks with the second, so that one end of a box decides; the others
 # that matter move knots or have a sign, and both ends are tried.
@@ -43,20 +45,26 @@ _GROWING = (
     "laser_linewidth_2_hz",
 )
 _SHRINKING = ("lifetime_s", "m_lifetime_s")
-_BOTH_ENDS = ("detuning_1_hz", "detuning_2_hz", "sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s")
+_BOTH_ENDS = (
+    *("detuning_1_hz", "detuning_2_hz", "stark_1_hz", "stark_2_hz"),
+    *("sigma_1_s", "sigma_2_s", "separation_s", "lead_s", "tail_s"),
+)
 _DEFAULT_ERROR = 1e-8
 
 
 class Plan(NamedTuple):
     """What is static in the solve of a scan: grid steps, thermal nodes, and the error for which they were laid.
 
-    `motion_nodes` are those of many modes: factors and phonon numbers.
+    `motion_nodes` are those of many modes: factors and phonon numbers. `noise_nodes` are those of slow noise, and
+    `noise_served` what they serve (`twin.shots.sizes`).
     """
 
     steps: int
     phonon_nodes: int
     error: float
     motion_nodes: tuple[int, int] | None = None
+    noise_nodes: Nodes | None = None
+    noise_served: tuple[float, ...] = ()
 
 
 class Shot(NamedTuple):
@@ -268,6 +276,21 @@ def _probability(scan: PulseScan | RamseyScan, device: IonMemristor) -> Float[Ar
     if plan is None:
         plan = _plan(scan, device, {})
         plan = plan._replace(steps=rounded_up(plan.steps))
+    if device.slow_noise is None:
+        return _of_each_shot(scan, device, plan)
+    if plan.noise_nodes is None:
+        raise ValueError("the scan was planned without slow noise; plan it for the device, or for a box that has it.")
+    noise = device.slow_noise
+    draws = slow_quadrature(noise, plan.noise_nodes)
+    lanes = drawn(dataclasses.replace(device, slow_noise=None), draws)
+    mean = jnp.sum(draws.weights * _of_each_shot(scan, lanes, plan), axis=-1)
+    now = shots.sizes(noise, (1.0, 1.0), (1.0, 1.0))
+    beyond = [size > most * (1 + shots.ROUNDING) for size, most in zip(now, plan.noise_served, strict=True)]
+    return jnp.where(functools.reduce(jnp.logical_or, beyond), jnp.nan, mean)
+
+
+def _of_each_shot(scan: PulseScan | RamseyScan, device: IonMemristor, plan: Plan) -> Float[Array, "rows ..."]:
+    """Probabilities of a device without slow noise."""
     axes = len(_batch(device))
     sequence = scan.sequence(device, axes)
     factors, weights = _carriers(device, plan, sequence, 1 + axes)
@@ -322,8 +345,48 @@ def _error(device: IonMemristor) -> float:
 
 
 def _plan(scan: PulseScan | RamseyScan, device: IonMemristor, box: Mapping[str, tuple[float, float]]) -> Plan:
-    """Steps and thermal nodes that serve every row and every ion of a box."""
-    error, axes = _error(device), len(_batch(device))
+    """Steps and nodes that serve every row and every ion of a box."""
+    noise = device.slow_noise
+    names = [name for name in box if name in SlowNoise.parameters()]
+    if noise is None and not names:
+        return _quiet_plan(scan, device, box)
+    still = dataclasses.replace(device, slow_noise=None)
+    own = {name: interval for name, interval in box.items() if name not in names}
+    most = shots.largest_noise(SlowNoise() if noise is None else noise, box)
+    nodes = _noise_nodes(scan, still, most, own)
+    reached = shots.reach(dataclasses.replace(still, slow_noise=dataclasses.replace(most, nodes=nodes)), {})
+    loud = {f"rabi_scale_{k}": factor for k, factor in ((1, reached.factor_1), (2, reached.factor_2))}
+    for name, factor in loud.items():
+        low, high = own.get(name, (0.0, _largest(getattr(device, name), None)))
+        own[name] = low, factor * high
+    for name in ("detuning_1_hz", "detuning_2_hz"):
+        now = np.asarray(getattr(device, name))
+        low, high = own.get(name, (float(np.min(now)), float(np.max(now))))
+        own[name] = low - reached.detuning_hz, high + reached.detuning_hz
+    served = tuple(_largest(size, None) for size in shots.sizes(most, (1.0, 1.0), (1.0, 1.0)))
+    return _quiet_plan(scan, still, own)._replace(noise_nodes=nodes, noise_served=served)
+
+
+def _noise_nodes(scan: PulseScan | RamseyScan, device: IonMemristor, most: SlowNoise, box) -> Nodes:
+    """Nodes of the average over shots; between two pulses of one line a detuning turns a phase for all of the wait."""
+    error = _error(device)
+    sequence = _at_corners(scan, device, box)
+    of_beam = lambda k: [shot for shot in sequence.shots if shot.beam == k]
+    areas = tuple(sum(_largest(jnp.abs(shot.area_rad), None) for shot in of_beam(k)) for k in (1, 2))
+    widths = tuple(max((_largest(shot.sigma_s, None) for shot in of_beam(k)), default=0.0) for k in (1, 2))
+    nodes = slow_noise.nodes_for(most, areas, widths, error)
+    if len(of_beam(1)) < 2:
+        return nodes
+    wait_s = max(_largest(shot.center_s, None) for shot in sequence.shots)
+    # The mean of a cosine of this phase is that of one of an area.
+    phase = SlowNoise(2 * math.pi * wait_s * shots.sizes(most, (1.0, 1.0), (1.0, 1.0))[2])
+    waiting = slow_noise.nodes_for(phase, (1.0, 0.0), (0.0, 0.0), error)
+    return (*nodes[:2], max(nodes[2], waiting[0]), nodes[3])
+
+
+def _at_corners(scan: PulseScan | RamseyScan, device: IonMemristor, box: Mapping[str, tuple[float, float]]) -> Sequence:
+    """The sequence of all rows at the corners of a box, which come first."""
+    axes = len(_batch(device))
     fixed = {name: box[name][1] for name in _GROWING if name in box}
     fixed |= {name: box[name][0] for name in _SHRINKING if name in box}
     names = [name for name in _BOTH_ENDS if name in box]
@@ -331,7 +394,12 @@ def _plan(scan: PulseScan | RamseyScan, device: IonMemristor, box: Mapping[str, 
     # Corners come before the rows, and those before the device's own batch.
     columns = {n: real_array(c.reshape((-1,) + (1,) * (1 + axes))) for n, c in zip(names, corners.T, strict=True)}
     spread = dataclasses.replace(device, **fixed, **columns)
-    sequence = scan.sequence(spread, axes)
+    return scan.sequence(spread, axes)
+
+
+def _quiet_plan(scan: PulseScan | RamseyScan, device: IonMemristor, box: Mapping[str, tuple[float, float]]) -> Plan:
+    """The plan of a device without slow noise."""
+    error, sequence = _error(device), _at_corners(scan, device, box)
     pulses = sequence.pulses([1.0] * len(sequence.shots))
     shape = batch_shape(sequence.system, pulses, sequence.window_s)
     largest = lambda *names: max(_largest(getattr(device, name), box.get(name)) for name in names)

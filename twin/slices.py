@@ -93,6 +93,7 @@ def largest_action(system: LevelSystem, largest_rad_s: float, longest_s: float, 
 
     Half of the spectral width of H, twice that for a density matrix, and twice the sum of all rates.
     """
+    system.refuse_light_shifts("the propagation of slices")
     energies = np.asarray(system.energies_rad_s)
     width = float(np.max(energies.max(0) - energies.min(0))) + largest_rad_s
     rates = sum(float(np.max(d.rate_per_s)) for d in system.decays)
@@ -121,7 +122,11 @@ def propagate(
         start: a level's name, a ket of shape (levels,), or a Hermitian matrix of shape (levels, levels, *batch).
         rule: from `taylor`, or `Dense()`.
         saved: whether the state after each slice is returned, in place of the last one.
+
+    Raises:
+        ValueError: a graph with light shifts.
     """
+    system.refuse_light_shifts("the propagation of slices")
     shape = batch_shape(system, slices)
     pure = system.closed and (isinstance(start, str) or np.ndim(start) == 1)
     first = initial_components(system, start, pure)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from twin.batching import check_not_negative, check_values, is_traced, physical, real_array
+from twin.batching import check_not_negative, check_values, is_traced, physical, real_array, with_last_axis
 from twin.closed_form import Input, Output, Populations, Start
 from twin.emulator import EmulatedSeries
 from twin.loop import Response, Settings
-from twin.planning import ClosedForm
+from twin.methods import ClosedForm
 
 # Keeps the derivative of sqrt(1 - correlation^2) finite at full correlation; means move by less than this.
 _CORRELATION_SHIFT = 1e-14
@@ -37,6 +37,9 @@ class SlowNoise(eqx.Module):
         amplitude_correlation: of the two, in [-1, 1]; 1 for pulses cut from one beam.
         detuning_noise_1_hz, detuning_noise_2_hz: of each detuning, Hz.
         detuning_correlation: of the two, in [-1, 1]; 1 for one laser that drives both lines.
+        nodes: of the average in a device: `slow_quadrature`. None lets `run` and `planned` choose them.
+        served: chosen with them: spread of each area, rad, and of each detuning times its width, for which they serve.
+        error: of populations, by the average with these nodes.
     """
 
     amplitude_noise_1: Float[Array, "..."] = physical(default=0.0)
@@ -45,6 +48,14 @@ class SlowNoise(eqx.Module):
     detuning_noise_1_hz: Float[Array, "..."] = physical(default=0.0)
     detuning_noise_2_hz: Float[Array, "..."] = physical(default=0.0)
     detuning_correlation: Float[Array, "..."] = physical(default=0.0)
+    nodes: Nodes | None = eqx.field(static=True, default=None)
+    served: Float[Array, "4 ..."] | None = physical(1, default=None)
+    error: float = eqx.field(static=True, default=0.0)
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """Names of the numbers that describe the noise."""
+        return tuple(f.name for f in dataclasses.fields(cls) if f.name not in ("nodes", "served", "error"))
 
     def __check_init__(self):
         for k in (1, 2):
@@ -104,7 +115,7 @@ def noisy_populations(theta_1: Input, theta_2: Input, noise: SlowNoise, start: S
     Raises:
         ValueError: detuning noise that is known and not zero.
     """
-    theta_1, theta_2, silent = real_array(theta_1), real_array(theta_2), _without_detuning(noise)
+    theta_1, theta_2, silent = real_array(theta_1), real_array(theta_2), without_detuning(noise)
 
     def mean_cosine(a: float, b: float) -> Array:
         phase, damping = _mean_phase(theta_1, theta_2, noise, a, b)
@@ -123,13 +134,13 @@ def noisy_coherence(theta_1: Input, theta_2: Input, noise: SlowNoise, start: Sta
 
     The mean of `separated_coherence`, +-sin(theta_1) cos(theta_2/2)/2. Args and errors: as `noisy_populations`.
     """
-    theta_1, theta_2, silent = real_array(theta_1), real_array(theta_2), _without_detuning(noise)
+    theta_1, theta_2, silent = real_array(theta_1), real_array(theta_2), without_detuning(noise)
     pairs = [_mean_phase(theta_1, theta_2, noise, 1.0, b) for b in (0.5, -0.5)]
     mean = sum((jnp.sin(phase) * damping for phase, damping in pairs), silent)
     return (0.25 if start == "v" else -0.25) * mean
 
 
-def _without_detuning(noise: SlowNoise) -> Array:
+def without_detuning(noise: SlowNoise) -> Array:
     """Zero; NaN where a traced detuning noise is not."""
     noises = (noise.detuning_noise_1_hz, noise.detuning_noise_2_hz)
     if not is_traced(noises) and any(np.any(np.asarray(n) > 0) for n in noises):
@@ -312,12 +323,7 @@ def drawn(device, draws: Draws):
     Rabi frequencies of negative factors come out positive, which no population sees: there is no closed loop of
     couplings, so their sign is a choice of phases. rho_vs has the sign of `factor_1` then.
     """
-    own = {
-        f.name: getattr(device, f.name)[..., None]
-        for f in dataclasses.fields(device)
-        if eqx.is_array(getattr(device, f.name)) and getattr(device, f.name).ndim
-    }
-    device = dataclasses.replace(device, **own)
+    device = with_last_axis(device)
     return dataclasses.replace(
         device,
         rabi_scale_1=device.rabi_scale_1 * jnp.abs(draws.factor_1),
@@ -371,7 +377,7 @@ def slow_average(
     """
     if isinstance(device.method, EmulatedSeries):
         raise ValueError("`EmulatedSeries` was solved for one box and batch; average with AreaSeries or StaticGrid.")
-    silent = _without_detuning(noise) if isinstance(device.method, ClosedForm) else jnp.zeros(())
+    silent = without_detuning(noise) if isinstance(device.method, ClosedForm) else jnp.zeros(())
     added = real_array(0.0 if nodes is not None else error)
     if nodes is None:
         nodes = nodes_for(noise, device.largest_areas, (device.sigma_1_s, device.sigma_2_s), error)
