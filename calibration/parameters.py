@@ -170,6 +170,11 @@ def method_of(device: AbstractMemristor) -> Any:
     return getattr(device.ion if isinstance(device, Register) else device, "method", None)
 
 
+def nominal_width(device: AbstractMemristor, pulse: int) -> Any:
+    """The width that the controller believes pulse 1 or 2 to have, s; None for the actual one."""
+    return getattr(device.ion if isinstance(device, Register) else device, f"nominal_sigma_{pulse}_s", None)
+
+
 def anchored(device: AbstractMemristor) -> AbstractMemristor:
     """The device whose controller keeps believing in today's widths when a search changes the actual ones."""
     if isinstance(device, Register):

@@ -251,7 +251,8 @@ class Problem(eqx.Module):
         def of(part: Part) -> Array:
             pairs = lambda v: part.data.predicted(self.device(part, v), self.own_window(part))
             p = lambda v: jnp.concatenate([p for _, p in pairs(v)])
-            if isinstance(method_of(part.device), _LOOPLESS):
+            # A register's derivatives are made once for all directions (`calibration.register`).
+            if part.ions or isinstance(method_of(part.device), _LOOPLESS):
                 return jax.jacfwd(p)(values)
             # One direction after another: the loop over solver stages is slow under vmap.
             return lax.map(lambda v: jax.jvp(p, (values,), (v,))[1], jnp.eye(values.size)).T

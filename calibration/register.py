@@ -5,12 +5,15 @@ same time. All ions are predicted at once, because light of a neighbour's beam d
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from calibration.columns import TableError
@@ -20,14 +23,19 @@ from calibration.observations import Noise, Observations
 from calibration.parameters import FreeParameters, anchored, with_ion, with_parameters, with_window
 from calibration.posing import MEMORY_UNUSED, Posed, check_noise_parameters, pose
 from calibration.problem import NOISE_PARAMETERS, Part, Problem, observed_again, simulated
+from twin.batching import batch_shape
+from twin.closed_form import flat_root
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, Settings
+from twin.memory import AbstractMemory
 from twin.memristor import AreaSeries, Automatic, Lindblad
-from twin.planning import SOLVES_OF_CYCLE, planned
+from twin.planning import SOLVES_OF_CYCLE, forward_mode, planned
 from twin.register import Register
 
+# They act through the areas alone.
+_SCALES = ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2")
 # At the upper ends of their boxes areas are largest.
-_BRIGHTENING = tuple(f"{base}_{k}" for base in ("rabi_scale", "amplitude", "crosstalk") for k in (1, 2))
+_BRIGHTENING = (*_SCALES, "crosstalk_1", "crosstalk_2")
 
 
 class RegisterLoops(eqx.Module):
@@ -60,10 +68,11 @@ class RegisterLoops(eqx.Module):
         """The row of each cycle of each ion."""
         return jnp.stack(self.experiment.loops, axis=1)
 
-    @property
-    def solves_of_setting(self) -> float:
-        """Solves of both pulses that a setting takes for each ion."""
-        return SOLVES_OF_CYCLE * len(self.experiment.loops[0]) / self.settings.count
+    def solves_of_setting(self, register: Register) -> float:
+        """Solves of both pulses that each distinct ion and setting takes; ions of the same physics are one."""
+        ion, settings = register.ion, self.settings
+        distinct = batch_shape(ion.system(settings.detuning_1_hz, settings.detuning_2_hz), ion.timing)
+        return SOLVES_OF_CYCLE * self.place.size / math.prod(distinct)
 
     def prepared(self, register: Register) -> Register:
         """The register with its method and grid decided for these settings."""
@@ -78,27 +87,51 @@ class RegisterLoops(eqx.Module):
     def prediction(self, device: AbstractMemristor, own_window: bool) -> Prediction:
         """Everything that a register says about the rows."""
         data, place = self.experiment, self.place
-        respond, x_set = device.under(self.settings), data.x_set[place]
-        first = respond(x_set, jnp.zeros_like(x_set), alone=True)
-        p_x = device.assigned(first.populations)
-        if data.r_set is not None:
-            r = data.r_set[place]
+        x_set, nothing = data.x_set[place], jnp.zeros(place.shape)
+        kinds = jnp.array([True, False]).repeat(len(place))[:, None]
+        r = self._known_transfers(device, own_window)
+        if r is None:
+            first = self._populations(device, x_set, nothing, kinds[: len(place)])
+            fed, modelled = data.fed_x[place], device.assigned(first)
+            fed = device.signal(first) if device.source == "model" else jnp.where(jnp.isfinite(fed), fed, modelled)
+            r = self._memory(device, own_window).filter(fed)
+            second = self._populations(device, x_set, r, kinds[len(place) :])
         else:
-            memory = device.memory
-            if data.windows is not None and not own_window:
-                memory = with_window(memory, jnp.stack(data.windows))
-            r = memory.filter(self._fed(device, x_set, device.signal(first.populations), p_x))
-        second = respond(x_set, r, alone=False)
-        p_y, p_m = outputs(device, data, second.populations)
+            # All transfers are known beforehand: both kinds of run are one batch.
+            both = self._populations(device, jnp.tile(x_set, (2, 1)), jnp.concatenate([nothing, r]), kinds)
+            first, second = both[:, : len(place)], both[:, len(place) :]
+        p_y, p_m = outputs(device, data, second)
+        valid = jnp.all(jnp.isfinite(first) & jnp.isfinite(second), axis=0)
         in_rows = lambda values: jnp.zeros(data.x_set.shape, values.dtype).at[place].set(values)
-        return Prediction(*(in_rows(values) for values in (p_x, p_y, p_m, r, first.valid & second.valid)))
+        return Prediction(*(in_rows(values) for values in (device.assigned(first), p_y, p_m, r, valid)))
 
-    def _fed(self, device: AbstractMemristor, x_set, x, p_x) -> Float[Array, "cycles ions"]:
-        """What the memory averages; inputs that were not measured are those of the model."""
+    def _known_transfers(self, device: AbstractMemristor, own_window: bool) -> Float[Array, "cycles ions"] | None:
+        """Transfers that do not depend on the model's own inputs; None if they do."""
+        data = self.experiment
+        if data.r_set is not None:
+            return data.r_set[self.place]
         if device.source == "command":
-            return x_set
-        fed = self.experiment.fed_x[self.place]
-        return x if device.source == "model" else jnp.where(jnp.isfinite(fed), fed, p_x)
+            return self._memory(device, own_window).filter(data.x_set[self.place])
+        if device.source == "measured" and data.all_x_measured:
+            return self._memory(device, own_window).filter(data.fed_x[self.place])
+        return None
+
+    def _memory(self, device: AbstractMemristor, own_window: bool) -> AbstractMemory:
+        windows = self.experiment.windows
+        return device.memory if windows is None or own_window else with_window(device.memory, jnp.stack(windows))
+
+    def _populations(self, register: Any, x_set, r_set, alone) -> Float[Array, "levels cycles ions"]:
+        """After runs of either kind; NaN where the method misses its error."""
+        fields = zip(register.ion.areas(x_set, r_set), (register.shares(k) for k in (1, 2)), strict=True)
+        areas = [flat_root(sum((theta @ part.T) ** 2 for part in parts)) for theta, parts in fields]
+        of_cycle = self.settings.of_cycle
+        played = dataclasses.replace(
+            self.settings, of_cycle=None if of_cycle is None else jnp.resize(of_cycle, (len(x_set),))
+        )
+        # One range for all ions: where they share the physics, they share the solves of a series.
+        largest = tuple(lax.stop_gradient(jnp.max(theta)) for theta in register.largest_areas)
+        scales = {name: lax.stop_gradient(getattr(register.ion, name)) for name in _SCALES}
+        return _response(dataclasses.replace(register.ion, **scales), played, largest, *areas, alone)
 
     @property
     def observed(self) -> tuple[Observations, ...]:
@@ -112,10 +145,51 @@ class RegisterLoops(eqx.Module):
     def simulated(
         self, key: PRNGKeyArray, device: AbstractMemristor, own_window: bool, noise: Noise
     ) -> "RegisterLoops":
-        """The same settings measured on a register; memories follow the simulated inputs where nothing recorded them."""
+        """The same settings measured on a register; memories follow simulated inputs where nothing recorded them."""
         of = lambda experiment: dataclasses.replace(self, experiment=experiment)
         predicted = lambda experiment: of(experiment).prediction(device, own_window)
         return of(simulated(key, self.experiment, predicted, device.source, noise))
+
+
+@eqx.filter_custom_jvp
+def _response(ion, settings: Settings, largest, theta_1, theta_2, alone) -> Float[Array, "levels cycles ions"]:
+    """Populations of ions that see these areas, rad.
+
+    What an ion does depends on its own areas and parameters alone. So one solve along each parameter, for all ions
+    together, holds the derivatives by all that ions have of their own; tangents are weighted with it.
+    """
+    return ion.by_area(settings, largest)(theta_1, theta_2, alone=alone).populations
+
+
+@_response.def_jvp
+def _response_jvp(primals, tangents):
+    ion, settings, largest, *thetas, alone = primals
+    of_ion, _, _, *of_thetas, _ = tangents
+    ion = forward_mode(ion)
+    moved = {
+        f.name: getattr(of_ion, f.name)
+        for f in dataclasses.fields(ion)
+        if not f.metadata.get("static", False) and f.name not in ("memory", "method", "motion")
+    }
+    moved = {name: tangent for name, tangent in moved.items() if tangent is not None}
+    respond = ion.by_area(settings, largest)
+
+    def by_areas(shift):
+        return respond(*(theta + s for theta, s in zip(thetas, shift, strict=True)), alone=alone).populations
+
+    def by_parameters(shift):
+        fields = {name: getattr(ion, name) + s for name, s in zip(moved, shift, strict=True)}
+        return dataclasses.replace(ion, **fields).by_area(settings, largest)(*thetas, alone=alone).populations
+
+    populations = respond(*thetas, alone=alone).populations
+    total = jnp.zeros_like(populations)
+    for function, weights in ((by_areas, of_thetas), (by_parameters, list(moved.values()))):
+        if any(weight is not None for weight in weights):
+            slope = lambda direction, of=function: jax.jvp(of, (jnp.zeros_like(direction),), (direction,))[1]
+            # One direction after another: the loop over solver stages is slow under vmap.
+            for one, weight in zip(lax.map(slope, jnp.eye(len(weights))), weights, strict=True):
+                total = total + (0.0 if weight is None else one * weight)
+    return populations, total
 
 
 def _check(table: LoopTable, count: int) -> None:
@@ -178,8 +252,10 @@ def pose_register(
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
     register = _anchored(register)
     # Built once with values that differ, so that a register that cannot have them refuses in its own words.
-    differing = lambda name, low, high: jnp.linspace(low, high, register.count) if name in per_ion else jnp.asarray(high)
-    with_parameters(register, {name: differing(name, *box) for name, box in of_device.items()})
+    differing = lambda name, low, high: (
+        jnp.linspace(low, high, register.count) if name in per_ion else jnp.asarray(high)
+    )
+    drawn: Any = with_parameters(register, {name: differing(name, *box) for name, box in of_device.items()})
     free: dict[str, tuple[float, float]] = {}
     for name, box in boxes.items():
         free |= {f"{name}@{ion}": box for ion in labels} if name in per_ion else {name: box}
@@ -190,7 +266,7 @@ def pose_register(
         worst.brightest,
         of_device,
         detuning_set_hz=max(one.settings.largest_hz for one in data.values()),
-        solves=max(one.solves_of_setting for one in data.values()),
+        solves=max(one.solves_of_setting(drawn) for one in data.values()),
     )
     register = register.with_method_of(own)
     parts = tuple(Part(name, register, one, len(tables[name]), ions=labels) for name, one in data.items())
@@ -232,5 +308,7 @@ def posed(
         raise ValueError("a register has no parameters of each table; leave `per_table` empty.")
     for name, one in ({} if isinstance(tables, LoopTable) else tables).items():
         if not isinstance(one, LoopTable):
-            raise ValueError(f"`{name}` is a scan, which is measured on one ion, but the device is a Register; leave it out.")
+            raise ValueError(
+                f"`{name}` is a scan, which is measured on one ion, but the device is a Register; leave it out."
+            )
     return pose_register(device, tables, boxes, per_ion=per_ion, noise=noise)
