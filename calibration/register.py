@@ -20,7 +20,7 @@ from calibration.columns import TableError
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, measured, outputs
 from calibration.observations import Noise, Observations
-from calibration.parameters import FreeParameters, anchored, with_ion, with_parameters, with_window
+from calibration.parameters import FreeParameters, anchored, with_parameters, with_window
 from calibration.posing import MEMORY_UNUSED, Posed, check_noise_parameters, pose
 from calibration.problem import NOISE_PARAMETERS, Part, Problem, observed_again, simulated
 from twin.batching import batch_shape
@@ -250,7 +250,10 @@ def pose_register(
             raise ValueError(f"`{name}` belongs to the register as a whole; leave it out of `per_ion`.")
     check_noise_parameters(boxes, noise)
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
-    register = _anchored(register)
+    ion: Any = anchored(register.ion)
+    if isinstance(ion.method, Automatic):
+        ion = dataclasses.replace(ion, method=Lindblad(ion.method.error))
+    register = dataclasses.replace(register, ion=ion)
     # Built once with values that differ, so that a register that cannot have them refuses in its own words.
     differing = lambda name, low, high: (
         jnp.linspace(low, high, register.count) if name in per_ion else jnp.asarray(high)
@@ -277,14 +280,6 @@ def pose_register(
     if "window_cycles" in boxes and any(one.experiment.r_set is not None for one in data.values()):
         notes.append(MEMORY_UNUSED)
     return Posed(problem, problem, notes)
-
-
-def _anchored(register: Register) -> Register:
-    def decided(ion):
-        return dataclasses.replace(ion, method=Lindblad(ion.method.error))
-
-    register: Any = anchored(register)
-    return with_ion(register, decided) if isinstance(register.ion.method, Automatic) else register
 
 
 def posed(

@@ -56,9 +56,8 @@ def recorded(device, key=0, *, transfers=True, **columns):
 
 def unknowing(device, **more):
     """The device before its calibration."""
-    plain = with_parameters(device, dict.fromkeys(OF_ION, jnp.asarray(1.0)) | {"crosstalk_1": jnp.asarray(0.0),
-                                                                              "crosstalk_2": jnp.asarray(0.0)})  # fmt: skip
-    return with_parameters(plain, {name: jnp.asarray(value) for name, value in more.items()})
+    values = dict.fromkeys(OF_ION, 1.0) | {"crosstalk_1": 0.0, "crosstalk_2": 0.0} | more
+    return with_parameters(device, {name: jnp.asarray(value) for name, value in values.items()})
 
 
 def truth_of(device, name):
@@ -266,7 +265,7 @@ def test_gradient_of_the_likelihood_of_the_full_dynamics(method, transfers):
 # ------------------------------------------------------------------------------------------------ recovery
 
 
-@pytest.mark.parametrize("transfers", [True, False])
+@pytest.mark.parametrize("transfers", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_crosstalk_and_scales_are_found(transfers):
     device = register(ClosedForm())
     boxes = BOXES | tables.READOUT
@@ -277,6 +276,7 @@ def test_crosstalk_and_scales_are_found(transfers):
     assert len(result.prediction.p_y) == IONS * CYCLES
 
 
+@pytest.mark.slow
 def test_adam_and_lbfgs_end_where_levenberg_marquardt_does():
     device = register(ClosedForm(), 3)
     table = recorded(device, cycles=13)
@@ -287,6 +287,7 @@ def test_adam_and_lbfgs_end_where_levenberg_marquardt_does():
         assert abs(estimate.value - other.parameters[name].value) < 0.02 * estimate.std, name
 
 
+@pytest.mark.slow
 def test_leaving_out_the_crosstalk_shows():
     device = register(ClosedForm())
     table = recorded(device, shots=1000)
@@ -302,6 +303,7 @@ def test_leaving_out_the_crosstalk_shows():
     assert any("Pearson chi2/dof" in note for note in wrong.notes)
 
 
+@pytest.mark.slow
 def test_neighbours_that_play_alike_cannot_be_told_from_crosstalk():
     device = register(ClosedForm(), 3)
     alike = np.tile(np.sin(np.pi * np.arange(CYCLES) / 12) ** 2, 3)
