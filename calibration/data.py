@@ -214,7 +214,7 @@ def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool =
     """A table that `device` might have produced under the settings of another one (imports JAX).
 
     Args:
-        device: an `AbstractMemristor`.
+        device: an `AbstractMemristor`; of a `Register`, each loop is an ion.
         settings: commands, laser offsets, windows and shots; its counts are not looked at, except that cells not
             measured there stay empty.
         key: random key of the counts.
@@ -229,22 +229,29 @@ def synthesize(device: Any, settings: LoopTable, key: Any, *, keep_r_set: bool =
     """
     import jax
 
-    from calibration.likelihood import Experiment, predict, prepared, replace_observations
+    from calibration.likelihood import Experiment, prepared, replace_observations
+    from calibration.problem import Loops
+    from calibration.register import RegisterLoops
     from twin.readout import sample_counts
+    from twin.register import Register
 
     if settings.shots is None:
         raise ValueError(f"{settings.name}: synthetic counts need `shots`; this table has values with errors.")
-    experiment = Experiment.from_table(settings)
+    if isinstance(device, Register):
+        data = RegisterLoops.from_table(settings, device)
+        device = data.prepared(device)
+    else:
+        data = Loops(Experiment.from_table(settings))
+        device = prepared(device, data.experiment)
     if not keep_r_set:
-        experiment = replace(experiment, r_set=None)
-    device = prepared(device, experiment)
+        data = replace(data, experiment=replace(data.experiment, r_set=None))
     key_x, key_y, key_m = jax.random.split(key, 3)
-    first = predict(device, experiment)
+    first = data.prediction(device, False)
     n_x = sample_counts(key_x, first.p_x, settings.shots)
     if not keep_r_set:
         # Only now are the inputs known that the memory averages.
-        experiment = replace_observations(experiment, n_x)
-    second = predict(device, experiment)
+        data = replace(data, experiment=replace_observations(data.experiment, n_x))
+    second = data.prediction(device, False)
     if not bool(np.all(np.asarray(second.valid))):
         raise ValueError("the device cannot be solved under these settings to the error its method asks for.")
     n_y = sample_counts(key_y, second.p_y, settings.shots)

@@ -24,9 +24,10 @@ from calibration.data import LoopTable
 from calibration.identifiability import Degeneracy
 from calibration.likelihood import Prediction
 from calibration.observations import m_estimation
-from calibration.parameters import FreeParameters
-from calibration.posing import Posed, pose
-from calibration.problem import Loops, Problem, informed
+from calibration.parameters import FreeParameters, with_ion
+from calibration.posing import Posed
+from calibration.problem import Problem, informed
+from calibration.register import posed as pose
 from calibration.scan_tables import ScanTable
 from calibration.uncertainty import Estimate
 from twin.emulator import EmulatedSeries
@@ -123,6 +124,7 @@ def fit(
     starts: int = 16,
     sampling: Literal["random", "sobol"] = "random",
     per_table: Sequence[str] = (),
+    per_ion: Sequence[str] = (),
     noise: str = "binomial",
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -138,6 +140,7 @@ def fit(
         optimizer: one of `OPTIMIZERS`.
         starts: number of starts. sampling: drawn uniformly from the box, or spread over it (Sobol).
         per_table: free parameters of which each table has its own, NAME@TABLE in the result.
+        per_ion: of a register (`calibration.register`), those of which each ion has its own, NAME@ION.
         noise: how counts scatter: "binomial", "beta_binomial", "outliers" or "student_t"
             (`calibration.observations.Noise`).
         seed: of the starts.
@@ -154,7 +157,7 @@ def fit(
         >>> result = fit(device, read_table("loops.csv"), {"rabi_scale_1": (0.7, 1.3)})
     """
     began = time.perf_counter()
-    posed = pose(device, table, free, per_table=per_table, noise=noise)
+    posed = pose(device, table, free, per_table=per_table, per_ion=per_ion, noise=noise)
     return solve(posed, optimizer=optimizer, starts=starts, sampling=sampling, seed=seed, on_progress=on_progress,
                  seconds={"prepare": time.perf_counter() - began})  # fmt: skip
 
@@ -213,7 +216,7 @@ class _Search:
     def adam_lbfgs(self, points, ahead) -> tuple[Minimum, Minimum]:
         """Where all starts settled, and the best of them polished."""
         rough, coarse = (
-            self.problem.with_devices(lambda device, _, e=error: coarsened(device, e))
+            self.problem.with_devices(lambda device, _, e=error: with_ion(device, lambda ion: coarsened(ion, e)))
             for error in (_EXPLORATION_ERROR, _DESCENT_ERROR)
         )
         explored = self._stage("search", rough, points, _EXPLORATION, meanwhile=ahead)
@@ -387,11 +390,6 @@ def _conclude(posed: Posed, optimum: Float[Array, " parameters"], basins: list[B
     for name, (value, error) in areas.items():
         notes.append(f"The area is known all the same: `{name}` (Rabi scale times width, over the nominal one) is "
                      f"{value:.5g} ± {error:.2g}.")  # fmt: skip
-    for part in problem.parts:
-        if problem.own_window(part) and isinstance(part.data, Loops) and part.data.experiment.r_set is not None:
-            notes.append(
-                "`window_cycles` cannot be identified: the table records `r_set`, so the memory is never used."
-            )
     basins = _merged(basins, free, cov)
     notes.append(f"{basins[0].starts} of {starts} starts ended in the best basin of {len(basins)}.")
     for rival in basins[1:]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from calibration.parameters import FreeParameters, unit_of
+from calibration.parameters import FreeParameters, nominal_width, unit_of
 from calibration.problem import Problem, informed
 from calibration.uncertainty import Z95, Estimate, correlation, covariance
 
@@ -134,6 +134,14 @@ _REASONS = (
     ),
     *(
         _Reason(
+            frozenset({f"crosstalk_{k}", f"rabi_scale_{k}"}),
+            "make one field where neighbours play the same commands",
+            "fix one, or give neighbouring ions different inputs and transfers, or play them one at a time",
+        )
+        for k in (1, 2)
+    ),
+    *(
+        _Reason(
             frozenset({"n_bar", f"rabi_scale_{k}"}),
             _HOT,
             "fix one, or add a Rabi scan over several rotations, whose contrast falls with `n_bar`",
@@ -175,16 +183,22 @@ def _sentence(
     span: float,
     structural: bool,
 ) -> str:
-    of_base = {name.partition("@")[0]: name for name in names}
+    bases = {name.partition("@")[0] for name in names}
+    places = dict.fromkeys(name.partition("@")[2] for name in names)
     along = f"along {_combination(names, direction)} the 95 % interval spans {span:.2g} of the prior box"
     slow = "no number of shots would separate them" if structural else "more data of this kind separate them slowly"
     quoted = lambda some: listed([f"`{name}`" for name in some])
     sentences = []
     for reason in _REASONS:
-        if not reason.names <= set(of_base):
+        if not reason.names <= bases:
             continue
-        own = [of_base[base] for base in sorted(reason.names, reverse=True)]
-        if reason.area and not _product_stays([relative.get(name) for name in own]):
+        own = [name for base in sorted(reason.names, reverse=True) for name in names if name.partition("@")[0] == base]
+        if reason.area:
+            # A product that stays is one of a table's, or an ion's, own parameters and those that all share.
+            of_places = [[n for n in own if n.partition("@")[2] in ("", place)] for place in places]
+            staying = [pair for pair in of_places if len(pair) == 2 and _product_stays([relative.get(n) for n in pair])]
+            own = list(dict.fromkeys(name for pair in staying for name in pair))
+        if not own:
             continue
         sentences.append(f"{quoted(own)} {reason.why}; {reason.remedy}.")
     if not sentences:
@@ -259,7 +273,7 @@ def areas(
             if None in pair:
                 continue
             scale, sigma = (names.index(str(name)) for name in pair)
-            nominal = float(getattr(problem.parts[0].device, f"nominal_sigma_{k}_s", None) or values[sigma])
+            nominal = float(nominal_width(problem.parts[0].device, k) or values[sigma])
             area = values[scale] * values[sigma] / nominal
             # With the area in place of the Rabi scale: the covariance of the pair itself is nearly singular.
             change = np.eye(len(names))

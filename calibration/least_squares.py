@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
+from calibration.parameters import with_ion
 from calibration.problem import Problem
 from twin.planning import forward_mode
 
@@ -76,7 +77,7 @@ def _jitted_one(problem: Problem, start: Float[Array, " parameters"]) -> Descent
 
 def forward(problem: Problem) -> Problem:
     """The problem with devices set for forward-mode derivatives."""
-    return problem.with_devices(lambda device, _: forward_mode(device))
+    return problem.with_devices(lambda device, _: with_ion(device, forward_mode))
 
 
 def descend_one(

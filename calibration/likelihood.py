@@ -153,14 +153,14 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
         r = _transfers(device, experiment, fed, own_window)
         second = respond(experiment.x_set, r, alone=False)
         valid = first.valid[experiment.first_of] & second.valid
-        return Prediction(p_x, *_outputs(device, experiment, second.populations), r, valid)
+        return Prediction(p_x, *outputs(device, experiment, second.populations), r, valid)
     if isinstance(getattr(device, "method", None), EmulatedSeries):
         # Nothing is solved, so nothing is gained by one batch of both kinds.
         first = respond(first_x, none, alone=True, of_cycle=first_setting)
         second = respond(experiment.x_set, r, alone=False)
         valid = first.valid[experiment.first_of] & second.valid
         p_x = device.assigned(first.populations)[experiment.first_of]
-        return Prediction(p_x, *_outputs(device, experiment, second.populations), r, valid)
+        return Prediction(p_x, *outputs(device, experiment, second.populations), r, valid)
     # All transfers are known beforehand: both kinds of run are one batch.
     every = respond(
         jnp.concatenate([first_x, experiment.x_set]),
@@ -171,10 +171,10 @@ def predict(device: AbstractMemristor, experiment: Experiment, *, own_window: bo
     split = len(first_x)
     p_x = device.assigned(every.populations[:, :split])[experiment.first_of]
     valid = every.valid[:split][experiment.first_of] & every.valid[split:]
-    return Prediction(p_x, *_outputs(device, experiment, every.populations[:, split:]), r, valid)
+    return Prediction(p_x, *outputs(device, experiment, every.populations[:, split:]), r, valid)
 
 
-def _outputs(device: AbstractMemristor, experiment: Experiment, populations) -> tuple[Array, Array]:
+def outputs(device: AbstractMemristor, experiment: Experiment, populations) -> tuple[Array, Array]:
     """Probability of s after both pulses, and of m where s was not found (NaN if nobody counted)."""
     p_y = device.assigned(populations)
     if experiment.m is None:

@@ -6,7 +6,7 @@ ever clipped and every value has a gradient.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -19,6 +19,7 @@ from scipy.stats import qmc
 from twin.loop import AbstractMemristor
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import IonMemristor
+from twin.register import Register
 from twin.slow_noise import SlowNoise
 
 UNITS = {"_hz": "Hz", "_s": "s", "_cycles": "cycles", "_per_s": "1/s", "_rad": "rad"}
@@ -116,8 +117,18 @@ class FreeParameters(eqx.Module):
         return with_parameters(device, {name: values[k] for k, name in enumerate(self.names)})
 
 
+_OF_REGISTER = {f.name for f in dataclasses.fields(Register)} - {"ion", "count"}
+
+
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
-    """A device with named parameters replaced; `window_cycles` is its memory's window, others its slow noise's."""
+    """A device with named parameters replaced; `window_cycles` is its memory's window, others its slow noise's.
+
+    What a register does not have itself belongs to its ions.
+    """
+    if isinstance(device, Register):
+        of_register = {name: value for name, value in values.items() if name in _OF_REGISTER}
+        of_ions = {name: value for name, value in values.items() if name not in of_register}
+        return dataclasses.replace(device, **of_register, ion=with_parameters(device.ion, of_ions))
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
     noise = {name: fields.pop(name) for name in SlowNoise.parameters() if name in fields}
     if noise and not isinstance(device, IonMemristor):
@@ -137,7 +148,9 @@ def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array,
 
 
 def value_of(device: AbstractMemristor, name: str) -> Float[Array, "..."]:
-    """Current value of a named parameter."""
+    """Current value of a named parameter; of a register, its own or its ions'."""
+    if isinstance(device, Register) and name not in _OF_REGISTER:
+        return value_of(device.ion, name)
     if name == "window_cycles":
         name = "tau_cycles" if isinstance(device.memory, Exponential) else name
         return getattr(device.memory, name)
@@ -157,8 +170,27 @@ def with_window(memory: AbstractMemory, window_cycles) -> AbstractMemory:
     raise ValueError(f"the memory {type(memory).__name__} has no window; use MovingAverage or Exponential.")
 
 
+def with_ion(device: AbstractMemristor, change: Callable[[Any], Any]) -> AbstractMemristor:
+    """The device changed, or of a register its ions: for what concerns the dynamics of one ion."""
+    if isinstance(device, Register):
+        return dataclasses.replace(device, ion=change(device.ion))
+    return change(device)
+
+
+def method_of(device: AbstractMemristor) -> Any:
+    """The method by which a device, or each ion of a register, is solved; None where nothing is."""
+    return getattr(device.ion if isinstance(device, Register) else device, "method", None)
+
+
+def nominal_width(device: AbstractMemristor, pulse: int) -> Any:
+    """The width that the controller believes pulse 1 or 2 to have, s; None for the actual one."""
+    return getattr(device.ion if isinstance(device, Register) else device, f"nominal_sigma_{pulse}_s", None)
+
+
 def anchored(device: AbstractMemristor) -> AbstractMemristor:
     """The device whose controller keeps believing in today's widths when a search changes the actual ones."""
+    if isinstance(device, Register):
+        return with_ion(device, anchored)
     if not isinstance(device, IonMemristor):
         return device
     keep = {}

@@ -24,6 +24,9 @@ from twin.planning import emulated, planned
 # hundred cells of some hundred shots; every fit checks its optimum against the device's own method.
 EMULATION_ERROR = 1e-6
 
+MEMORY_UNUSED = "`window_cycles` cannot be identified: the table records `r_set`, so the memory is never used."
+"""Note on a free window beside recorded transfers."""
+
 
 class Posed(NamedTuple):
     """A problem ready to be solved.
@@ -72,9 +75,7 @@ def pose(
     free: dict[str, tuple[float, float]] = {}
     for name, box in boxes.items():
         free |= {f"{name}@{part}": box for part in loops} if name in per_table and len(loops) > 1 else {name: box}
-    for name, law in (("overdispersion", "beta_binomial"), ("outlier_share", "outliers")):
-        if name in boxes and noise != law:
-            raise ValueError(f"`{name}` is a parameter of the noise '{law}' alone; choose it, or fix the parameter.")
+    check_noise_parameters(boxes, noise)
     parameters = FreeParameters.from_boxes(free)
     of_device = {name: box for name, box in boxes.items() if name not in NOISE_PARAMETERS}
     device = anchored(device)
@@ -114,9 +115,17 @@ def pose(
             for name, one in data.items()
         )
 
+    notes += [MEMORY_UNUSED for one in prepared.values() if windows and one.r_set is not None]
     reference = Problem(parameters, parts(own), Noise(noise))
     problem = reference if fast is own else Problem(parameters, parts(fast), Noise(noise))
     return Posed(problem, reference, notes)
+
+
+def check_noise_parameters(boxes: Mapping[str, tuple[float, float]], noise: str) -> None:
+    """Refuses boxes of a noise that is not the chosen one."""
+    for name, law in (("overdispersion", "beta_binomial"), ("outlier_share", "outliers")):
+        if name in boxes and noise != law:
+            raise ValueError(f"`{name}` is a parameter of the noise '{law}' alone; choose it, or fix the parameter.")
 
 
 def distinct_offsets(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from calibration.likelihood import Experiment, Prediction, measured, predict, replace_observations
 from calibration.observations import Noise, Observations
-from calibration.parameters import FreeParameters, with_parameters
+from calibration.parameters import FreeParameters, method_of, with_ion, with_parameters
 from calibration.scans import Scan
 from twin.emulator import EmulatedSeries
 from twin.loop import AbstractMemristor
@@ -60,6 +60,33 @@ class Data(Protocol):
         ...
 
 
+def observed_again(experiment: Experiment, values: Sequence[Array]) -> Experiment:
+    """The same settings with other measured numbers, column by column."""
+    names = [name for name in ("x", "y", "m") if getattr(experiment, name) is not None]
+    return replace_observations(experiment, **dict(zip(names, values, strict=True)))
+
+
+def simulated(
+    key: PRNGKeyArray,
+    data: Experiment,
+    predicted: Callable[[Experiment], Prediction],
+    source: str,
+    noise: Noise,
+) -> Experiment:
+    """The same settings measured on what predicts them; the memory follows the simulated inputs unless recorded."""
+    keys = jax.random.split(key, 3)
+    prediction = predicted(data)
+    if data.x is not None:
+        data = replace_observations(data, x=data.x.sample(keys[0], prediction.p_x, noise))
+        if data.r_set is None and source == "measured":
+            prediction = predicted(data)
+    if data.y is not None:
+        data = replace_observations(data, y=data.y.sample(keys[1], prediction.p_y, noise))
+    if data.m is not None:
+        data = replace_observations(data, m=data.m.sample(keys[2], prediction.p_m, noise))
+    return data
+
+
 class Loops(eqx.Module):
     """A loop table as a part."""
 
@@ -81,23 +108,12 @@ class Loops(eqx.Module):
 
     def with_observed(self, values: Sequence[Array]) -> "Loops":
         """Other measured numbers, column by column."""
-        names = [name for name in ("x", "y", "m") if getattr(self.experiment, name) is not None]
-        return Loops(replace_observations(self.experiment, **dict(zip(names, values, strict=True))))
+        return Loops(observed_again(self.experiment, values))
 
     def simulated(self, key: PRNGKeyArray, device: AbstractMemristor, own_window: bool, noise: Noise) -> "Loops":
         """The same settings measured on a device; the memory follows the simulated inputs where nothing recorded it."""
-        keys = jax.random.split(key, 3)
-        data = self.experiment
-        prediction = predict(device, data, own_window=own_window)
-        if data.x is not None:
-            data = replace_observations(data, x=data.x.sample(keys[0], prediction.p_x, noise))
-            if data.r_set is None and device.source == "measured":
-                prediction = predict(device, data, own_window=own_window)
-        if data.y is not None:
-            data = replace_observations(data, y=data.y.sample(keys[1], prediction.p_y, noise))
-        if data.m is not None:
-            data = replace_observations(data, m=data.m.sample(keys[2], prediction.p_m, noise))
-        return Loops(data)
+        predicted = lambda data: predict(device, data, own_window=own_window)
+        return Loops(simulated(key, self.experiment, predicted, device.source, noise))
 
 
 class Scanned(eqx.Module):
@@ -135,7 +151,7 @@ class Part(eqx.Module):
     """One table with the device that is to explain it, planned or emulated for the boxes.
 
     `rows` counts those of the table; arrays may hold filler after them. A part that `shares` those of another has the
-    parameters ``NAME@OTHER``; without, its own.
+    parameters ``NAME@OTHER``; without, its own. Of a register, each of the `ions` may have ``NAME@ION``.
     """
 
     name: str = eqx.field(static=True)
@@ -143,6 +159,7 @@ class Part(eqx.Module):
     data: Data
     rows: Int[Array, ""] = eqx.field(converter=lambda rows: jnp.asarray(rows, int))
     shares: str = eqx.field(static=True, default="")
+    ions: tuple[str, ...] = eqx.field(static=True, default=())
 
 
 class Problem(eqx.Module):
@@ -165,12 +182,17 @@ class Problem(eqx.Module):
 
     def device(self, part: Part, values: Float[Array, " parameters"]) -> AbstractMemristor:
         """The device of a part at some values."""
-        own = {}
+        own, of_ions = {}, {}
         for name, value in zip(self.names, values, strict=True):
             base, _, place = name.partition("@")
-            if place in ("", part.shares or part.name) and base not in NOISE_PARAMETERS:
+            if base in NOISE_PARAMETERS:
+                continue
+            if place in part.ions:
+                of_ions.setdefault(base, {})[place] = value
+            elif place in ("", part.shares or part.name):
                 own[base] = value
-        return with_parameters(part.device, own)
+        rows = {base: jnp.stack([of_ion[ion] for ion in part.ions]) for base, of_ion in of_ions.items()}
+        return with_parameters(part.device, own | rows)
 
     def noise_at(self, values: Float[Array, " parameters"]) -> Noise:
         """The noise at some values."""
@@ -179,7 +201,9 @@ class Problem(eqx.Module):
 
     def own_window(self, part: Part) -> bool:
         """Whether the device's window, rather than the table's, supplies the transfers of a part."""
-        return bool({"window_cycles", f"window_cycles@{part.shares or part.name}"} & set(self.names))
+        places = ("", part.shares or part.name, *part.ions)
+        split = (name.partition("@") for name in self.names)
+        return any(base == "window_cycles" and place in places for base, _, place in split)
 
     def predicted(self, values: Float[Array, " parameters"]) -> list[tuple[Observations, Float[Array, " rows"]]]:
         """Measured columns of all parts with their model probabilities."""
@@ -227,7 +251,8 @@ class Problem(eqx.Module):
         def of(part: Part) -> Array:
             pairs = lambda v: part.data.predicted(self.device(part, v), self.own_window(part))
             p = lambda v: jnp.concatenate([p for _, p in pairs(v)])
-            if isinstance(getattr(part.device, "method", None), _LOOPLESS):
+            # A register's derivatives are made once for all directions (`calibration.register`).
+            if part.ions or isinstance(method_of(part.device), _LOOPLESS):
                 return jax.jacfwd(p)(values)
             # One direction after another: the loop over solver stages is slow under vmap.
             return lax.map(lambda v: jax.jvp(p, (values,), (v,))[1], jnp.eye(values.size)).T
@@ -309,7 +334,7 @@ class Informed(NamedTuple):
 @eqx.filter_jit
 def informed(problem: Problem, values: Float[Array, " parameters"]) -> Informed:
     """Information, slopes, weights and residuals of a problem at some values."""
-    problem = problem.with_devices(lambda device, _: forward_mode(device))
+    problem = problem.with_devices(lambda device, _: with_ion(device, forward_mode))
     p, variance, there = problem.cells(values)
     weights = jnp.where(there & (variance > 0), 1 / jnp.where(variance > 0, variance, 1.0), 0.0)
     return Informed(problem.information(values), problem.slopes(values), p, weights, problem.residuals(values))

@@ -4,6 +4,7 @@ Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row m
 device as ``twin.json``, and the report. A search that fails leaves the result and the report, with the reason.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from calibration.data import LoopTable
 from calibration.fit import FitResult, fit
 from calibration.likelihood import Experiment, Prediction
 from calibration.observations import Observations
-from calibration.parameters import anchored, unit_of
+from calibration.parameters import anchored, unit_of, value_of
 from calibration.posterior import sample
 from calibration.problem import NOISE_PARAMETERS, Scanned
 from calibration.scan_tables import ScanTable
@@ -26,6 +27,7 @@ from experiments.provenance import Stopwatch, hashes_of, provenance, versions
 from experiments.records import RunFolder
 from experiments.schema import Config, Uncertainty
 from twin.loop import AbstractMemristor
+from twin.register import Register
 
 # Parameters of the device that are reported as fixed where they are not free.
 _FIXED = (
@@ -39,7 +41,13 @@ _FIXED = (
 _ENOUGH_REFITS = 100
 
 
-def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder, seed: int) -> dict[str, Any]:
+def run(
+    config: Config,
+    tables: dict[str, LoopTable | ScanTable],
+    out: RunFolder,
+    seed: int,
+    per_ion: Sequence[str] = (),
+) -> dict[str, Any]:
     """Calibrate the configured device to recorded tables.
 
     Args:
@@ -47,6 +55,7 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
         tables: the recorded loops and scans by name.
         out: the run folder.
         seed: of the starts.
+        per_ion: of a register, the free parameters of which each ion has its own.
 
     Returns:
         What ``result.json`` holds.
@@ -67,6 +76,7 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
             starts=settings.starts,
             sampling=settings.sampling,
             per_table=settings.per_table,
+            per_ion=per_ion,
             noise=settings.noise,
             seed=seed,
             on_progress=progress,
@@ -110,7 +120,7 @@ def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder
         out.write_result(result)
     if arrays is not None:
         out.write_arrays(arrays)
-    if found.converged and not settings.per_table:
+    if found.converged and not settings.per_table and not isinstance(device, Register):
         twin_file.save(out.work, _twin(anchored(device), tables, found, arrays))
     report.write(out)
     for name, one in result["parameters"].items():
@@ -223,13 +233,26 @@ def _parameters(config: Config, found: FitResult) -> dict[str, Any]:
         name: {"value": e.value, "std": e.std, "ci95": list(e.ci95), "unit": e.unit, "verdict": e.verdict}
         for name, e in found.parameters.items()
     }
+    free = config.fit.free if config.fit else ()
+    if isinstance(found.device, Register):
+        ions = found.problem.parts[0].ions
+        for name in (*_FIXED, "crosstalk_1", "crosstalk_2"):
+            if name not in free:
+                values = np.asarray(value_of(found.device, name))
+                places = [name] if values.ndim == 0 else [f"{name}@{ion}" for ion in ions]
+                rows |= {place: _fixed(name, float(v)) for place, v in zip(places, values.ravel(), strict=True)}
+        return rows
     for name in _FIXED:
         value = getattr(config.device, name)
-        if value is None or name in (config.fit.free if config.fit else ()):
+        if value is None or name in free:
             continue
         if config.device.platform == "ion" or name.startswith("readout"):
-            rows[name] = {"value": value, "std": 0.0, "ci95": [value, value], "unit": unit_of(name), "verdict": "fixed"}
+            rows[name] = _fixed(name, value)
     return rows
+
+
+def _fixed(name: str, value: float) -> dict[str, Any]:
+    return {"value": value, "std": 0.0, "ci95": [value, value], "unit": unit_of(name), "verdict": "fixed"}
 
 
 def _arrays(tables: dict[str, LoopTable | ScanTable], found: FitResult) -> xr.Dataset:

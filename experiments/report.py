@@ -116,8 +116,11 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
             "without a trend.",
             plots.residuals(columns),
         )
-    boxes = run.config.fit.free if run.config.fit else {}
-    if result.get("kind") == "fit" and set(boxes) & set(result.get("parameters", {})):
+    free = run.config.fit.free if run.config.fit else {}
+    # NAME@TABLE and NAME@ION have the box of NAME.
+    bases = {name: name.partition("@")[0] for name in result.get("parameters", {})}
+    boxes = {name: free[base] for name, base in bases.items() if base in free}
+    if result.get("kind") == "fit" and boxes:
         yield Picture(
             "intervals",
             "Parameters in their prior boxes",
