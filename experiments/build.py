@@ -13,6 +13,7 @@ from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 from twin.motion import nodes_for
+from twin.slow_noise import SlowNoise
 
 PHONON_NODES = 8  # least number of quadrature nodes of the thermal average
 _MARGIN = 1.1  # on areas, for neighbours' light and drawn devices
@@ -42,6 +43,10 @@ _ION_FIELDS = (
         "eta_2",
     ),
     *("readout_error_bright", "readout_error_dark"),
+)
+_SLOW_NOISE = (
+    *("amplitude_noise_1", "amplitude_noise_2", "amplitude_correlation"),
+    *("detuning_noise_1_hz", "detuning_noise_2_hz", "detuning_correlation"),
 )
 _LINEWIDTHS = ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz")
 
@@ -137,6 +142,13 @@ def device_from(config: Config) -> AbstractMemristor:
     }
     fields: dict[str, Any] = {name: getattr(table, name) for name in _ION_FIELDS}
     fields |= {name: getattr(table, name) or 0.0 for name in _LINEWIDTHS}
+    varied = _varied(config)
+    # What is zero and stays so is left out, and costs nothing.
+    shifts = {name: getattr(table, name) for name in ("stark_1_hz", "stark_2_hz")}
+    fields |= {name: value for name, value in shifts.items() if value or name in varied}
+    noise = {name: getattr(table, name) for name in _SLOW_NOISE}
+    if any(noise[name] or name in varied for name in SlowNoise.parameters()):
+        fields["slow_noise"] = SlowNoise(**noise)
     hottest = _hottest(config)
     if config.trap is not None:
         fields |= moving_in_trap(config, hottest)
@@ -144,6 +156,11 @@ def device_from(config: Config) -> AbstractMemristor:
         fields["phonon_nodes"] = _phonon_nodes(config, hottest)
     ion = IonMemristor(memory=memory, source=source, method=methods[table.engine](), **fields)
     return register_from(config, ion) if config.register_of else ion
+
+
+def _varied(config: Config) -> set[str]:
+    """Parameters of the device that a verb will change."""
+    return {*(config.fit.free if config.fit else ()), *(config.sweep.parameters if config.sweep else ())}
 
 
 def _hottest(config: Config) -> float:

@@ -4,7 +4,6 @@ Leaves ``result.json`` (parameters, verdicts, notes), ``arrays.nc`` (every row m
 device as ``twin.json``, and the report. A search that fails leaves the result and the report, with the reason.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,13 +40,7 @@ _FIXED = (
 _ENOUGH_REFITS = 100
 
 
-def run(
-    config: Config,
-    tables: dict[str, LoopTable | ScanTable],
-    out: RunFolder,
-    seed: int,
-    per_ion: Sequence[str] = (),
-) -> dict[str, Any]:
+def run(config: Config, tables: dict[str, LoopTable | ScanTable], out: RunFolder, seed: int) -> dict[str, Any]:
     """Calibrate the configured device to recorded tables.
 
     Args:
@@ -55,7 +48,6 @@ def run(
         tables: the recorded loops and scans by name.
         out: the run folder.
         seed: of the starts.
-        per_ion: of a register, the free parameters of which each ion has its own.
 
     Returns:
         What ``result.json`` holds.
@@ -76,7 +68,7 @@ def run(
             starts=settings.starts,
             sampling=settings.sampling,
             per_table=settings.per_table,
-            per_ion=per_ion,
+            per_ion=settings.per_ion,
             noise=settings.noise,
             seed=seed,
             on_progress=progress,

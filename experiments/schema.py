@@ -311,6 +311,8 @@ class Config(Table):
             "outlier_share",
         ):
             return "has no meaning for device.platform = 'photonic'; remove it"
+        if name.startswith("crosstalk") and not self.register_of:
+            return "belongs to a register; add [chain] with memristors = 'all'"
         if name in ("eta_1", "eta_2") and self.trap is not None:
             return "follows from [trap] and [motion]; remove it"
         two = self.device.laser_linewidth_hz is None

@@ -62,6 +62,14 @@ class Device(Table):
     heating_rate_per_s: float = number(0.0, 0.0, 1e7, "1/s", "phonons gained per second")
     eta_1: float = number(0.0, 0.0, 1.0, "", "Lamb-Dicke parameter of pulse 1")
     eta_2: float = number(0.0, 0.0, 1.0, "", "Lamb-Dicke parameter of pulse 2")
+    stark_1_hz: float = number(0.0, -TUNING, TUNING, "Hz", "light shift of line 1 at the peak of a full pulse 1")
+    stark_2_hz: float = number(0.0, -TUNING, TUNING, "Hz", "light shift of line 2 at the peak of a full pulse 2")
+    amplitude_noise_1: float = number(0.0, 0.0, 0.3, "", "relative std of Rabi frequency 1 from shot to shot")
+    amplitude_noise_2: float = number(0.0, 0.0, 0.3, "", "relative std of Rabi frequency 2 from shot to shot")
+    amplitude_correlation: float = number(0.0, -1.0, 1.0, "", "correlation of both: 1 for one laser")
+    detuning_noise_1_hz: float = number(0.0, 0.0, 1e5, "Hz", "std of detuning 1 from shot to shot")
+    detuning_noise_2_hz: float = number(0.0, 0.0, 1e5, "Hz", "std of detuning 2 from shot to shot")
+    detuning_correlation: float = number(0.0, -1.0, 1.0, "", "correlation of both: 1 for one laser")
     readout_error_bright: float = number(0.0, 0.0, 0.5, "", "probability that a bright ion is read dark")
     readout_error_dark: float = number(0.0, 0.0, 0.5, "", "probability that a dark ion is read bright")
     loss: float = number(0.0, 0.0, 1.0, "", "fraction of photons lost (photonic platform only)")
@@ -180,6 +188,8 @@ _FREE_DEVICE = (
     *("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"),
     *("n_bar", "readout_error_bright", "readout_error_dark", "sigma_1_s", "sigma_2_s", "separation_s"),
     *("eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s"),
+    *("stark_1_hz", "stark_2_hz"),
+    *("amplitude_noise_1", "amplitude_noise_2", "detuning_noise_1_hz", "detuning_noise_2_hz"),
 )
 PARAMETERS: dict[str, Allowed] = {
     **{name: allowed_range(Device.model_fields[name]) for name in _FREE_DEVICE},
@@ -189,10 +199,12 @@ PARAMETERS: dict[str, Allowed] = {
 
 FREE: dict[str, Allowed] = {
     **PARAMETERS,
+    "crosstalk_1": Allowed(0.0, 0.5, ""),
+    "crosstalk_2": Allowed(0.0, 0.5, ""),
     "overdispersion": Allowed(0.0, 0.5, ""),
     "outlier_share": Allowed(0.0, 0.5, ""),
 }
-"""What a fit may free: parameters of the device, and of the noise."""
+"""What a fit may free: parameters of the device, of a register, and of the noise."""
 
 COMMANDS: dict[str, Allowed] = {
     "amplitude_1": Allowed(0.0, 10.0, ""),
