@@ -4,6 +4,7 @@ The state turns with the energies of the levels and the frequencies of the modes
 displacement operator acts band by band, as one shifted array each; in the basis i^n |n> its elements are real.
 """
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -110,7 +111,7 @@ class Equation(eqx.Module):
     pulses: tuple[AbstractPulse, ...]
     omega_rad_s: Float[Array, "modes"]
     tables: tuple[tuple[Float[Array, "_ _"], ...], ...]
-    damping_per_s: Float[Array, "..."] | None
+    damping_per_s: Float[Array, "states states"] | None
     heating_rate_per_s: Float[Array, "modes"]
     heated: bool = eqx.field(static=True)
     plan: Plan = eqx.field(static=True)
@@ -120,10 +121,10 @@ class Equation(eqx.Module):
         slope = self._commutator(t_s, state)
         if self.plan.pure:
             return slope
-        levels, size = len(self.system.levels), state.shape[-1]
+        size = state.shape[-1]
         flat = slope.reshape(2, size, size)
         adjoint = jnp.stack([flat[0].T, -flat[1].T])
-        return (flat + adjoint).reshape(state.shape) + self._jumps(state, levels)
+        return (flat + adjoint + self._jumps(state.reshape(flat.shape))).reshape(state.shape)
 
     def _commutator(self, t_s, state):
         """-i H state, in the frame that turns with the modes and the levels."""
@@ -167,46 +168,29 @@ class Equation(eqx.Module):
             x = total
         return x
 
-    def _jumps(self, state, levels: int):
-        """Damping of every element, decays and heating: shifts of both sides of the density matrix."""
-        both = (2, levels, *self.plan.cutoff, levels, *self.plan.cutoff)
-        rho = state.reshape(both)
+    def _jumps(self, rho):
+        """Damping of every element, decays and heating, of the density matrix (2, rows, columns)."""
         out = self.damping_per_s * rho
-        right = 2 + len(self.plan.cutoff)
+        size, rows = math.prod(self.plan.cutoff), rho.shape[1]
         for decay in self.system.decays:
-            a, b = self.system.index(decay.source), self.system.index(decay.target)
-            fed = decay.rate_per_s * jnp.take(rho[:, a], a, axis=right - 1)
-            at = np.zeros((levels, levels))
-            at[b, b] = 1.0
-            spread = jnp.expand_dims(jnp.expand_dims(fed, 1), right)
-            shape = [1, levels] + [1] * len(self.plan.cutoff) + [levels] + [1] * len(self.plan.cutoff)
-            out = out + jnp.asarray(at).reshape(shape) * spread
+            first, to = (size * self.system.index(name) for name in (decay.source, decay.target))
+            fed = decay.rate_per_s * rho[:, first : first + size, first : first + size]
+            around = (to, rows - size - to, 0)
+            out = out + lax.pad(fed, jnp.zeros(()), ((0, 0, 0), around, around))
         if self.heated:
             for m, cutoff in enumerate(self.plan.cutoff):
-                axes = (2 + m, right + 1 + m)
-                root = jnp.sqrt(jnp.arange(1.0, cutoff))
-                shape = [1] * rho.ndim
-                weight = self.heating_rate_per_s[m] * jnp.ones(())
-                for axis in axes:
-                    row = list(shape)
-                    row[axis] = cutoff - 1
-                    weight = weight * root.reshape(row)
-                cut = lambda x, low, axes=axes, n=cutoff: _slice(x, axes, low, n - 1 + low)
-                put = lambda x, low, axes=axes: jnp.pad(
-                    x, [((low, 1 - low) if a in axes else (0, 0)) for a in range(x.ndim)]
-                )
-                out = out + put(weight * cut(rho, 1), 0) + put(weight * cut(rho, 0), 1)
-        return out.reshape(state.shape)
+                # A phonon more or less is one shift of rows and columns; the roots are zero where it leaves the cutoff.
+                apart = math.prod(self.plan.cutoff[m + 1 :])
+                n = np.arange(rows) // apart % cutoff
+                padded = lax.optimization_barrier(jnp.pad(rho, ((0, 0), (apart, apart), (apart, apart))))
+                for shift, root in ((2 * apart, np.sqrt((n + 1) % cutoff)), (0, np.sqrt(n))):
+                    moved = padded[:, shift : shift + rows, shift : shift + rows]
+                    out = out + (self.heating_rate_per_s[m] * root[:, None]) * root * moved
+        return out
 
 
-def _slice(x, axes, low: int, high: int):
-    for axis in axes:
-        x = lax.slice_in_dim(x, low, high, axis=axis)
-    return x
-
-
-def damping_rates(system: LevelSystem, modes: Modes, plan: Plan) -> Float[Array, "..."]:
-    """Rate at which each element decays, negative, shape (levels, *cutoff, levels, *cutoff)."""
+def damping_rates(system: LevelSystem, modes: Modes, plan: Plan) -> Float[Array, "states states"]:
+    """Rate at which each element of the density matrix decays, negative."""
     levels = len(system.levels)
     loss = jnp.zeros(levels)
     for decay in system.decays:
@@ -224,4 +208,6 @@ def damping_rates(system: LevelSystem, modes: Modes, plan: Plan) -> Float[Array,
         side = side + 0.5 * modes.each("heating_rate_per_s")[m] * row.reshape(-1, *after)
     lead = (1,) * len(plan.cutoff)
     between = between.reshape(levels, *lead, levels, *lead)
-    return -(between + side.reshape(1, *plan.cutoff, 1, *lead) + side.reshape(1, *lead, 1, *plan.cutoff))
+    rates = between + side.reshape(1, *plan.cutoff, 1, *lead) + side.reshape(1, *lead, 1, *plan.cutoff)
+    size = levels * math.prod(plan.cutoff)
+    return -rates.reshape(size, size)

@@ -35,7 +35,9 @@ _TABLE = 2048
 # Population of so many Fock states at the end of a mode is watched.
 _TOP = 2
 # Eighth order: measured over the cases of tests/test_spin_motion.py.
-_ERROR_OF_A_STEP = 2e-12
+_ERROR_OF_A_STEP = 1.2e-13
+# The same of a decay, about 1/9!; for steps beyond the second number of decay times the method is not stable.
+_ERROR_OF_DECAY, _LONGEST_STEP = 2e-6, 3.0
 # The coarse grid has half the steps. So long steps do not show the full order: it is counted as the third.
 _RATIO = 2**3
 _PULSES = 2
@@ -210,7 +212,8 @@ def _steps_density(system: LevelSystem, pulses, modes: Modes, window, plan: Plan
     damping += sum((d.rate_per_s * (max(d.weights) - min(d.weights)) ** 2 for d in system.dephasings), jnp.zeros(()))
     damping += jnp.sum(4 * modes.each("heating_rate_per_s") * jnp.array(plan.cutoff))
     duration = window[1] - window[0]
-    density = damping * (damping * duration / plan.error) ** 0.125 + 2 / duration * jnp.ones(_TABLE)
+    decaying = (_ERROR_OF_DECAY * damping * duration / plan.error) ** 0.125
+    density = damping * jnp.maximum(decaying, 1 / _LONGEST_STEP) + 2 / duration * jnp.ones(_TABLE)
     for k, pulse in enumerate(pulses):
         source, target = (system.index(name) for name in system.couplings[k])
         offset = jnp.abs(system.energies_rad_s[target] - system.energies_rad_s[source])

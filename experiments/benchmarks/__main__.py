@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from experiments.benchmarks import loops, steering, trajectories
+from experiments.benchmarks import loops, spin_motion, steering, trajectories
 
 WORKS = {
     "B1": trajectories.batch,
@@ -17,10 +17,12 @@ WORKS = {
     "B6": loops.closed_form,
     "B7": trajectories.floor,
     "B8": steering.transfer,
+    "B9": spin_motion.solves,
     "loop": trajectories.loop,
 }
-# B4 takes minutes whatever its size, B5 and B8 start processes of their own; the loop was decided once.
-_NOT_QUICK = ("B4", "B5", "B8", "loop")
+# B4 and the laboratory frame of B9 take minutes whatever their size, B5 and B8 start processes of their own; the loop
+# was decided once.
+_NOT_QUICK = ("B4", "B5", "B8", "B9", "loop")
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent.parent / "README.md"

@@ -1,9 +1,13 @@
 """B9: ion and motion, three levels times 40 Fock states, beside QuTiP and dynamiqs.
 
 Two Gaussian pulses with exact displacement operators, heating, decay and linewidth: one trajectory of the density
-matrix. Each engine runs at the loosest of its own tolerances that keeps populations within 1e-6 of a tight reference.
+matrix. The reference is QuTiP at 1e-11; each engine runs at the loosest of its own tolerances that keeps populations
+within 1e-7 of it, or says that it did not within its time. Peers get the interaction picture, band by band, in which
+they need far fewer steps, or the laboratory frame.
 """
 
+import cmath
+import dataclasses
 import importlib
 import time
 from collections.abc import Callable
@@ -17,42 +21,51 @@ from scipy.linalg import expm
 from experiments.benchmarks.measure import Result, interleaved, largest_difference
 from twin.levels import LAMBDA
 from twin.pulses import Gaussian
+from twin.sidebands import needed_cutoff
 from twin.spin_motion import Modes, plan_solve, solve
 
-_UNIT_S, _LIMIT = 1e-6, 1e-6
-_SECULAR_HZ, _ETA, _N_BAR, _HEATING_PER_S, _SIGMA_S = 1e6, (0.08, 0.1), 0.5, 1e3, 5e-6
+_UNIT_S, _LIMIT, _LIMIT_S = 1e-6, 1e-7, 60.0
+_SECULAR_HZ, _ETA, _N_BAR, _HEATING_PER_S, _SIGMA_S = 1e6, (0.08, 0.1), 1.0, 1e3, 5e-6
 _WINDOW_S = (-6 * _SIGMA_S, 11 * _SIGMA_S)
 _AREAS, _CENTERS_S = (2.0, 1.3), (0.0, 5 * _SIGMA_S)
-_TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+_TOLERANCES = (1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 
 
 def solves(quick: bool) -> list[Result]:
-    """B9: median seconds of one solve within 1e-6, of each engine."""
+    """B9: median seconds of one solve within 1e-7, of each engine."""
     cutoff = 20 if quick else 40
-    reference = np.asarray(_twin(cutoff, 1e-9)())
-    engines: dict[str, Callable] = {"twin, bands": _twin}
-    engines |= {"QuTiP mesolve": _qutip, "dynamiqs mesolve, Tsit5, sparse": _dynamiqs}
-    calls, errors, used = {}, {}, {}
+    # Cut where the thermal state is not negligible: the same cut problem for all, so no engine may refuse it.
+    reference = _qutip("interaction", cutoff, 1e-11)()
+    engines: dict[str, Callable] = {
+        "twin, bands": _twin,
+        "QuTiP mesolve, interaction picture": partial(_qutip, "interaction"),
+        "QuTiP mesolve, laboratory frame": partial(_qutip, "laboratory"),
+        "dynamiqs mesolve, interaction picture, dense": partial(_dynamiqs, "interaction", "dense"),
+        "dynamiqs mesolve, laboratory frame, dense": partial(_dynamiqs, "laboratory", "dense"),
+    }
+    work, calls, notes, rows = f"B9 spin and motion, 3 x {cutoff}", {}, {}, {}
     for name, engine in engines.items():
-        try:
-            for tolerance in _TOLERANCES:
+        for tolerance in _TOLERANCES:
+            try:
                 call = engine(cutoff, tolerance)
-                began = time.perf_counter()
-                error = largest_difference(call(), reference)
-                first = time.perf_counter() - began
-                if error <= _LIMIT:
-                    calls[name], errors[name], used[name] = call, error, (tolerance, first)
-                    break
-        except ImportError as missing:
-            print(f"B9: {name} is left out: {missing}")
+            except ImportError as missing:
+                print(f"B9: {name} is left out: {missing}")
+                break
+            began = time.perf_counter()
+            error = largest_difference(call(), reference)
+            first = time.perf_counter() - began
+            note = f"tolerance {tolerance:.0e}; first call {first:.1f} s"
+            if first > _LIMIT_S:
+                note += f"; not tried again, over {_LIMIT_S:g} s"
+                rows[name] = Result(work, name, first, "s, once", error, first, note)
+                break
+            if error <= _LIMIT:
+                calls[name], notes[name] = call, (error, note)
+                break
     times = interleaved(calls, 3)
-    return [
-        Result(
-            f"B9 spin and motion, 3 x {cutoff}", name, seconds, "s", errors[name], seconds,
-            f"tolerance {used[name][0]:.0e}; first call {used[name][1]:.1f} s",
-        )
-        for name, (seconds, _) in times.items()
-    ]  # fmt: skip
+    for name, (seconds, _) in times.items():
+        rows[name] = Result(work, name, seconds, "s", *notes[name][:1], seconds, notes[name][1])
+    return [rows[name] for name in engines if name in rows]
 
 
 def _system():
@@ -65,6 +78,8 @@ def _twin(cutoff: int, error: float) -> Callable:
     pulses = tuple(Gaussian.from_area(a, center_s=c, sigma_s=_SIGMA_S) for a, c in zip(_AREAS, _CENTERS_S, strict=True))
     modes = Modes(_SECULAR_HZ, *_ETA, n_bar=_N_BAR, heating_rate_per_s=_HEATING_PER_S)
     plan = plan_solve(_system(), pulses, modes, window_s=_WINDOW_S, cutoff=cutoff, error=error)
+    if cutoff < needed_cutoff(_N_BAR, heating=0.1, error=error):
+        plan = dataclasses.replace(plan, error=1e-2)
     return lambda: solve(_system(), pulses, modes, start="v", window_s=_WINDOW_S, plan=plan).populations
 
 
@@ -97,32 +112,63 @@ def _envelope(module, k: int, t):
     return _AREAS[k] / (np.sqrt(2 * np.pi) * sigma) * module.exp(-0.5 * ((t - center) / sigma) ** 2)
 
 
-def _qutip(cutoff: int, tolerance: float) -> Callable:
+def _bands(rest, kicks) -> list[tuple[int, float, np.ndarray]]:
+    """Terms of the interaction picture: pulse, frequency, and the elements of its kick that turn with it."""
+    energies = np.diag(rest).real
+    frequencies = np.round(energies[:, None] - energies, 9)
+    return [
+        (k, float(f), np.where(frequencies == f, kick, 0.0))
+        for k, kick in enumerate(kicks)
+        for f in np.unique(frequencies[kick != 0])
+    ]
+
+
+def _qutip(frame: str, cutoff: int, tolerance: float) -> Callable:
+    """By its matrix form and Dormand and Prince's eighth order, its fastest of those tried."""
     qutip = importlib.import_module("qutip")
     rest, kicks, jumps, start, projectors = _operators(cutoff)
     sparse = lambda matrix: qutip.Qobj(matrix).to("CSR")
-    h = qutip.QobjEvo(
-        [sparse(rest), *([sparse(kick), lambda t, k=k: _envelope(np, k, t)] for k, kick in enumerate(kicks))]
-    )
-    options = {"method": "adams", "rtol": tolerance, "atol": tolerance * 1e-2, "nsteps": 10**6}
+
+    def turning(k: int, frequency: float):
+        sigma, center = _SIGMA_S / _UNIT_S, _CENTERS_S[k] / _UNIT_S
+        peak = _AREAS[k] / (np.sqrt(2 * np.pi) * sigma)
+        return lambda t: peak * cmath.exp(-0.5 * ((t - center) / sigma) ** 2 + 1j * frequency * t)
+
+    if frame == "interaction":
+        h = qutip.QobjEvo([[sparse(part), turning(k, f)] for k, f, part in _bands(rest, kicks)])
+    else:
+        h = qutip.QobjEvo([sparse(rest), *([sparse(kick), turning(k, 0.0)] for k, kick in enumerate(kicks))])
+    options = {"method": "dop853", "rtol": tolerance, "atol": tolerance * 1e-2, "nsteps": 10**7, "matrix_form": True}
     times = [t / _UNIT_S for t in _WINDOW_S]
     observables = [sparse(p) for p in projectors]
     ops, rho = [sparse(jump) for jump in jumps], qutip.Qobj(start)
-    return lambda: np.asarray(qutip.mesolve(h, rho, times, c_ops=ops, e_ops=observables, options=options).expect)[:, -1]
+    solver = qutip.mesolve
+    return lambda: np.real(solver(h, rho, times, c_ops=ops, e_ops=observables, options=options).expect)[:, -1]
 
 
-def _dynamiqs(cutoff: int, tolerance: float) -> Callable:
+def _dynamiqs(frame: str, layout: str, cutoff: int, tolerance: float) -> Callable:
     dq = importlib.import_module("dynamiqs")
     dq.set_precision("double")
     dq.set_progress_meter(False)
     rest, kicks, jumps, start, projectors = _operators(cutoff)
-    sparse = lambda matrix: dq.asqarray(matrix.astype(complex), layout=dq.dia)
-    h = dq.constant(sparse(rest))
-    for k, kick in enumerate(kicks):
-        h = h + dq.modulated(partial(_envelope, jnp, k), sparse(kick))
+    array = lambda matrix: dq.asqarray(matrix.astype(complex), layout=getattr(dq, layout))
+    if frame == "interaction":
+        # One function of time: a modulated term for every band takes minutes to compile.
+        energies, parts = jnp.asarray(np.diag(rest).real), jnp.asarray(np.stack(kicks))
+
+        def turned(t):
+            phases = jnp.exp(1j * energies * t)
+            drive = sum(_envelope(jnp, k, t) * part for k, part in enumerate(parts))
+            return dq.asqarray(phases[:, None] * drive * phases.conj(), layout=dq.dense)
+
+        h = dq.timecallable(turned)
+    else:
+        h = dq.constant(array(rest))
+        for k, kick in enumerate(kicks):
+            h = h + dq.modulated(partial(_envelope, jnp, k), array(kick))
     times = jnp.array([t / _UNIT_S for t in _WINDOW_S])
-    method = dq.method.Tsit5(rtol=tolerance, atol=tolerance * 1e-2, max_steps=10**6)
-    ops, observables = [sparse(jump) for jump in jumps], [sparse(p) for p in projectors]
+    method = dq.method.Dopri8(rtol=tolerance, atol=tolerance * 1e-2, max_steps=10**6)
+    ops, observables = [array(jump) for jump in jumps], [array(p) for p in projectors]
 
     @jax.jit
     def run(rho):
