@@ -246,7 +246,7 @@ def test_ramsey_pulses_share_a_line():
     found = RamseyScan(np.array([30e-6]), 0.0, math.pi / 2).probability(ion)[0]
     peak = math.pi / 2 / (np.sqrt(2 * np.pi) * SIGMA_S)
     omega = lambda t: peak * (np.exp(-(t**2) / (2 * SIGMA_S**2)) + np.exp(-((t - 30e-6) ** 2) / (2 * SIGMA_S**2)))
-    x = qutip.basis(2, 1) * qutip.basis(2, 0).dag()
+    x = qutip.basis(2, 1) @ qutip.basis(2, 0).dag()
     h = [[(x + x.dag()) / 2, omega], [qutip.basis(2, 1).proj(), lambda t: coefficient(4000.0) * omega(t) ** 2]]
     options = {"method": "dop853", "rtol": 1e-11, "atol": 1e-13, "max_step": 5e-6}
     state = qutip.sesolve(h, qutip.basis(2, 0), [-140e-6, 170e-6], options=options).states[-1]

@@ -357,7 +357,7 @@ def test_run_of_a_noisy_device_is_the_average(method):
     np.testing.assert_allclose(loop.populations_1, first.populations, atol=2e-7)
     np.testing.assert_allclose(loop.populations_2, second.populations, atol=2e-7)
     # rho_vs turns for all of the wait, which nodes are not chosen for.
-    np.testing.assert_allclose(loop.coherence, 2 * np.hypot(*second.coherence_vs), atol=2e-4)
+    np.testing.assert_allclose(loop.coherence, 2 * np.linalg.norm(second.coherence_vs, axis=0), atol=2e-4)
     assert np.max(np.abs(run(ion, X_SET, R_SET, **offsets).y - loop.y)) > 1e-3
 
 
@@ -452,11 +452,11 @@ def test_emulated_devices_have_amplitude_noise_alone():
 def test_registers_are_averaged():
     noise = SlowNoise(0.05, 0.04, 1.0)
     ion = device(slow_noise=noise, rabi_scale_1=np.array([1.0, 0.95, 1.02]))
-    register = Register(ion, count=3, crosstalk_1=0.02, crosstalk_2=0.03)
+    register = Register(ion=ion, count=3, crosstalk_1=0.02, crosstalk_2=0.03)
     x_set, r_set = (np.stack([a, a[::-1], a], 1) for a in (X_SET, R_SET))
     far = dict.fromkeys(("tail_s", "lead_s", "separation_s"), 0.0002)
     solved = Register(
-        dataclasses.replace(ion, method=AreaSeries(StaticGrid(1e-6)), **far),
+        ion=dataclasses.replace(ion, method=AreaSeries(StaticGrid(1e-6)), **far),
         count=3,
         crosstalk_1=0.02,
         crosstalk_2=0.03,

@@ -144,7 +144,10 @@ class IonMemristor(AbstractMemristor):
         for name in ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2", "n_bar", "eta_1", "eta_2"):
             check_not_negative(name, getattr(self, name), "a plain number")
         for name in ("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"):
-            check_not_negative(name, getattr(self, name), "Hz")
+            accept = lambda v: v >= 0
+            check_values(
+                name, getattr(self, name), accept, "finite and, for a linewidth, not negative", "give it in Hz"
+            )
         for name in ("detuning_1_hz", "detuning_2_hz", "stark_1_hz", "stark_2_hz"):
             check_values(name, getattr(self, name), lambda v: v == v, "finite", "give it in Hz")
         for name in ("separation_s", "lead_s", "tail_s"):
