@@ -112,6 +112,24 @@ def test_the_area_of_a_loop_has_a_slope_with_respect_to_a_trap_voltage():
     assert abs(slope[1]) > 1e-7
 
 
+def test_slopes_of_mode_frequencies_with_respect_to_trap_voltages():
+    trap = LinearTrap(1000.0, 22e6, 0.45e-3, 180.0, 2.5e-3, 0.3)
+
+    @jax.jit
+    def frequencies(voltages):
+        there = dataclasses.replace(trap, rf_voltage_v=voltages[0], dc_voltage_v=voltages[1])
+        return Apparatus(there, 5).chain().modes().frequencies_hz
+
+    at = jnp.array([1000.0, 180.0])
+    slopes = np.asarray(jax.jacrev(frequencies)(at))
+    for k in (0, 1):
+        step = 2e-3 * at[k] * np.eye(2)[k]
+        one, two = (frequencies(at + j * step) - frequencies(at - j * step) for j in (1, 2))
+        finite = np.asarray(8 * one - two) / (12 * 2e-3 * float(at[k]))
+        np.testing.assert_allclose(slopes[:, k], finite, rtol=1e-6, atol=1e-6 * np.max(np.abs(finite)))
+    assert np.min(np.abs(slopes[:10, 0])) > 100  # the radial modes follow the rf
+
+
 def test_surface_traps_turn_beams_into_their_axes():
     given = parse_config({
         "trap": {"kind": "surface", "rf_voltage_v": 100.0, "rf_hz": 22e6, "center_width_m": 40e-6,
