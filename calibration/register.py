@@ -20,7 +20,7 @@ from calibration.columns import TableError
 from calibration.data import LoopTable
 from calibration.likelihood import Experiment, Prediction, measured, outputs
 from calibration.observations import Noise, Observations
-from calibration.parameters import FreeParameters, anchored, with_parameters, with_window
+from calibration.parameters import FreeParameters, anchored, value_of, with_parameters, with_window
 from calibration.posing import MEMORY_UNUSED, Posed, check_noise_parameters, pose
 from calibration.problem import NOISE_PARAMETERS, Part, Problem, observed_again, simulated
 from twin.batching import batch_shape
@@ -28,9 +28,10 @@ from twin.closed_form import flat_root
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, Settings
 from twin.memory import AbstractMemory
-from twin.memristor import AreaSeries, Automatic, Lindblad
+from twin.memristor import AreaSeries, Automatic, IonMemristor, Lindblad
 from twin.planning import SOLVES_OF_CYCLE, forward_mode, planned
 from twin.register import Register
+from twin.slow_noise import SlowNoise
 
 # They act through the areas alone.
 _SCALES = ("rabi_scale_1", "rabi_scale_2", "amplitude_1", "amplitude_2")
@@ -166,11 +167,15 @@ def _response_jvp(primals, tangents):
     ion, settings, largest, *thetas, alone = primals
     of_ion, _, _, *of_thetas, _ = tangents
     ion = forward_mode(ion)
+    if jax.tree.leaves(of_ion.motion):
+        raise ValueError("modes of a register have no derivative in a fit; differentiate `run` of the register.")
     moved = {
         f.name: getattr(of_ion, f.name)
         for f in dataclasses.fields(ion)
-        if not f.metadata.get("static", False) and f.name not in ("memory", "method", "motion")
+        if not f.metadata.get("static", False) and f.name not in ("memory", "method", "motion", "slow_noise")
     }
+    if ion.slow_noise is not None and of_ion.slow_noise is not None:
+        moved |= {name: getattr(of_ion.slow_noise, name) for name in SlowNoise.parameters()}
     moved = {name: tangent for name, tangent in moved.items() if tangent is not None}
     respond = ion.by_area(settings, largest)
 
@@ -178,8 +183,10 @@ def _response_jvp(primals, tangents):
         return respond(*(theta + s for theta, s in zip(thetas, shift, strict=True)), alone=alone).populations
 
     def by_parameters(shift):
-        fields = {name: getattr(ion, name) + s for name, s in zip(moved, shift, strict=True)}
-        return dataclasses.replace(ion, **fields).by_area(settings, largest)(*thetas, alone=alone).populations
+        fields = {name: value_of(ion, name) + s for name, s in zip(moved, shift, strict=True)}
+        there = with_parameters(ion, fields)
+        assert isinstance(there, IonMemristor)
+        return there.by_area(settings, largest)(*thetas, alone=alone).populations
 
     populations = respond(*thetas, alone=alone).populations
     total = jnp.zeros_like(populations)

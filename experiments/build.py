@@ -17,6 +17,7 @@ from twin.slow_noise import SlowNoise
 
 PHONON_NODES = 8  # least number of quadrature nodes of the thermal average
 _MARGIN = 1.1  # on areas, for neighbours' light and drawn devices
+_OUTERMOST = 6.0  # standard deviations that a quadrature over slow noise may reach
 _TURNS = 6.0  # areas of sampled pulses, composite ones among them, in units of pi
 
 # Keys of [device] that are fields of the ion's device under the same name.
@@ -155,7 +156,7 @@ def device_from(config: Config) -> AbstractMemristor:
     else:
         fields["phonon_nodes"] = _phonon_nodes(config, hottest)
     ion = IonMemristor(memory=memory, source=source, method=methods[table.engine](), **fields)
-    return register_from(config, ion) if config.register_of else ion
+    return register_from(config, ion, hottest) if config.register_of else ion
 
 
 def _varied(config: Config) -> set[str]:
@@ -176,22 +177,30 @@ def _hottest(config: Config) -> float:
 def _phonon_nodes(config: Config, hottest: float) -> int:
     """Quadrature nodes of one mode for its largest mean phonon number, heating included."""
     table = config.device
-    gained = table.heating_rate_per_s * (table.lead_s + table.separation_s)
+    boxes = _boxes(config)
+    most = lambda name: max(getattr(table, name), boxes.get(name, (0.0, 0.0))[1])
+    gained = table.heating_rate_per_s * (most("lead_s") + most("separation_s"))
     if hottest + gained == 0:
         return 1
-    eta = max([table.eta_1, table.eta_2, *(config.fit.free[k][1] for k in ("eta_1", "eta_2")
-                                           if config.fit and k in config.fit.free)])  # fmt: skip
+    eta = max(most("eta_1"), most("eta_2"))
     return max(PHONON_NODES, nodes_for(hottest + gained, eta, largest_area(config), table.error))
 
 
 def largest_area(config: Config) -> float:
     """Largest area of a pulse, rad, that the device of a configuration will play."""
-    boxes = {**(config.fit.free if config.fit else {}), **(config.optimize.bounds if config.optimize else {})}
-    boxes |= {name: (axis.low, axis.high) for name, axis in (config.sweep.parameters if config.sweep else {}).items()}
+    boxes = _boxes(config)
     most = lambda name: max(getattr(config.device, name, 1.0), boxes.get(name, (0.0, 0.0))[1])
     scales = [most(f"rabi_scale_{k}") * most(f"amplitude_{k}") for k in (1, 2)]
     if config.chain is not None:
         scales += [max(values) for name, values in config.chain.each.items() if name.startswith("rabi_scale")]
     if config.optimize is not None and config.optimize.shape is not None:
         scales = [_TURNS * scale for scale in scales]
-    return math.pi * max(scales) * _MARGIN
+    noise = max(most(f"amplitude_noise_{k}") for k in (1, 2))
+    return math.pi * max(scales) * (_MARGIN + _OUTERMOST * noise)
+
+
+def _boxes(config: Config) -> dict[str, tuple[float, float]]:
+    """Ranges that the verbs of a configuration will visit."""
+    boxes = {**(config.fit.free if config.fit else {}), **(config.optimize.bounds if config.optimize else {})}
+    swept = config.sweep.parameters if config.sweep else {}
+    return boxes | {name: (axis.low, axis.high) for name, axis in swept.items()}

@@ -148,6 +148,8 @@ def _allowed(field: FieldInfo | None, key: str | int) -> str:
     if choices := _choices(field):
         return "one of " + ", ".join(repr(choice) for choice in choices)
     parts = {field.annotation, *get_args(field.annotation)}
+    if any(get_origin(part) is tuple for part in parts):
+        return f"a list of numbers: {_meaning(field)}"
     if not parts & {int, float}:
         kind = "a text" if field.annotation is str else "a table"
         kind = "a list of tables" if get_origin(field.annotation) is list else kind

@@ -216,12 +216,13 @@ class Config(Table):
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
         self._trap_fits()
+        noisy = max(self.device.detuning_noise_1_hz, self.device.detuning_noise_2_hz) > 0
+        if noisy and self.device.engine == "closed_form":
+            raise Refusal("device.engine", "is 'closed_form', which knows no detuning noise; choose 'lindblad'")
         if self.fit and self.fit.per_ion and not self.register_of:
             raise Refusal("fit.per_ion", "needs the ions of a register; add [chain] with memristors = 'all'")
-        if self.data and self.register_of and (self.data.more or self.data.scans):
-            raise Refusal(
-                "data", "of a register is one table, whose loops are its ions; remove data.more and data.scans"
-            )
+        if self.data and self.register_of and self.data.scans:
+            raise Refusal("data.scans", "are made for one memristor; set chain.memristors = 'one', or remove them")
         if self.data and self.data.scans and self.device.platform == "photonic":
             raise Refusal("data.scans", "are measured on an ion, but device.platform is 'photonic'; remove them")
         for k, name in enumerate(self.uncertainty.profile):

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from experiments.messages import Refusal
 from experiments.schema_device import PARAMETERS, Table, from_list, number
 
+_YB171_U = 170.936
 _KEYS = {
     "linear": ("rf_voltage_v", "rf_hz", "r0_m", "dc_voltage_v", "z0_m", "kappa"),
     "surface": ("rf_voltage_v", "rf_hz", "center_width_m", "left_width_m", "right_width_m", "axial_hz"),
@@ -23,9 +24,10 @@ Triple = Annotated[tuple[float, float, float], BeforeValidator(from_list)]
 
 
 def _direction(triple: tuple[float, float, float]) -> tuple[float, float, float]:
-    if not any(triple):
+    largest = max(map(abs, triple))
+    if not largest > 0:
         raise Refusal("", "is [0, 0, 0], which has no direction; give x, y, z")
-    return triple
+    return triple[0] / largest, triple[1] / largest, triple[2] / largest
 
 
 Direction = Annotated[Triple, AfterValidator(_direction)]
@@ -118,6 +120,12 @@ class Chain(Table):
             raise Refusal("memristor", "is given, but memristors = 'all' makes every ion one; remove either")
         if self.masses_u is not None and (len(self.masses_u) != self.ions or min(self.masses_u) <= 0):
             raise Refusal("masses_u", f"must be {self.ions} positive masses, one an ion, but is {list(self.masses_u)}")
+        if self.masses_u is not None:
+            place = (self.ions - 1) // 2 if self.memristor is None else self.memristor - 1
+            for k in range(self.ions) if self.memristors == "all" else (place,):
+                if abs(self.masses_u[k] - _YB171_U) > 0.1:
+                    raise Refusal("masses_u", f"makes the memristor, ion {k + 1}, one of {self.masses_u[k]:g} u, but "
+                                  f"the lines are those of 171Yb+ ({_YB171_U} u)")  # fmt: skip
         if self.each and self.memristors == "one":
             raise Refusal("each", "needs memristors = 'all'; give the one memristor's numbers in [device]")
         for name, values in self.each.items():

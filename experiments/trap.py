@@ -48,13 +48,15 @@ def run(config: Config, out: RunFolder | None) -> dict[str, Any]:
     apparatus = apparatus_from(config)
     modes = apparatus.chain().modes()
     columns = _columns(apparatus, modes, ion, place_of(config))
+    motion = _motion(apparatus, ion, columns)
+    held = math.isfinite(motion["more"]["carrier of beam 1, mean"])
     result = {
         "kind": "trap",
-        "status": "done",
+        "status": "done" if held else "failed: the thermal average does not serve this occupation; lower it",
         "trap": _trap(apparatus, columns),
         "chain": _chain(apparatus, modes),
-        "motion": _motion(apparatus, ion, columns),
-        "notes": _notes(ion, apparatus, modes),
+        "motion": motion,
+        "notes": _notes(ion, apparatus, modes, motion),
         "seconds": clock.stop(),
         **provenance(),
     }
@@ -198,20 +200,30 @@ def _sideband_bounds(apparatus: Apparatus, ion: IonMemristor, columns: dict[str,
         eta = np.max(np.abs(columns[f"eta_{k}"][columns["memristor"]]), axis=0)
         total = 0.0
         for m in np.flatnonzero(eta**2 > 1e-12 * np.max(eta) ** 2):
-            seen = sideband_bound(math.pi, float(sigma), float(columns["frequency_hz"][m]), float(eta[m]),
-                                  float(columns["n_bar"][m]))  # fmt: skip
+            occupied = float(columns["n_bar"][m])
+            if m == 2 * apparatus.ions and apparatus.coherent is not None:
+                occupied += float(apparatus.coherent)
+            frequency = float(columns["frequency_hz"][m])
+            seen = sideband_bound(math.pi, float(sigma), frequency, float(eta[m]), occupied)
             total += float(seen)
         bounds.append(total)
     return bounds
 
 
-def _notes(ion: IonMemristor, apparatus: Apparatus, modes: Modes) -> list[str]:
+def _notes(ion: IonMemristor, apparatus: Apparatus, modes: Modes, motion: dict[str, Any]) -> list[str]:
     secular = ", ".join(f"{f / 1e6:.4g}" for f in _floats(apparatus.trap.secular_hz))
     notes = [f"One ion oscillates at {secular} MHz along x, y, z; a chain of {apparatus.ions} is straight and stable."]
     sigma, slowest = float(jnp.min(jnp.asarray([ion.sigma_1_s, ion.sigma_2_s]))), float(jnp.min(modes.frequencies_hz))
     if 2 * math.pi * slowest * sigma < 6:
         notes.append("A pulse is not long against the slowest mode's period: sidebands are not off resonance, and the "
                      "average over carriers alone does not hold.")  # fmt: skip
+    bounds = [motion["more"][f"off-resonant sidebands, bound for a pi pulse {k}"] for k in (1, 2)]
+    if not all(map(math.isfinite, bounds)):
+        notes.append("There is no bound on what sidebands do: a mode has eta^2 (2 n + 1) above 0.2, or is much faster "
+                     "than the pulse is resolved; solve ion and motion whole (docs/spin_motion.md).")  # fmt: skip
+    if apparatus.masses_kg is not None and not bool(jnp.all(jnp.isfinite(apparatus.trap.q))):
+        notes.append("Measured frequencies do not tell static from rf fields: for other masses half of the axial "
+                     "field's gradient is taken along x.")  # fmt: skip
     return notes
 
 

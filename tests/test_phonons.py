@@ -105,6 +105,16 @@ def test_a_coherent_and_a_thermal_mode():
     assert float(jnp.sum(weights * x_and_y(first, second)[1])) == pytest.approx(exact, abs=1e-10)
 
 
+@pytest.mark.parametrize("alpha2", [900.0, 30.0])
+def test_large_displacements_neither_cancel_nor_underflow(alpha2):
+    eta = 0.1 if alpha2 > 100 else 0.5
+    motion = phonons.planned(Motion(np.array([eta]), coherent=np.array([alpha2])), 0.0, math.pi, 1e-8)
+    (first, _), weights = phonons.carrier_factors(motion, jnp.asarray(0.0), [(1, 0.0), (2, 0.0)], 0, np.pi)
+    n = np.arange(1600)
+    exact = direct([(eta, eta, n, poisson.pmf(n, alpha2))], lambda f, g: np.cos(3 * f))
+    assert float(jnp.sum(weights * jnp.cos(3 * first))) == pytest.approx(exact, abs=1e-9)
+
+
 def test_the_stated_errors_are_bounds():
     for n_bar, eta, area, nodes in [
         (20.0, 0.08, math.pi, 8), (20.0, 0.08, 8 * math.pi, 8), (9.8, 0.0784, math.pi, 6), (5.0, 0.05, math.pi, 4),
@@ -194,6 +204,7 @@ def test_a_resting_mode_slows_the_carrier_all_the_same():
     np.testing.assert_allclose(run(device, X).y, exact.y, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_devices_of_other_temperatures_as_a_batch():
     two = Motion(np.array([0.06, 0.05]), None, np.array([1.0, 1.7]))
     n_bars = np.array([0.1, 2.0, 6.0])
@@ -227,5 +238,7 @@ def test_what_cannot_be_is_refused():
         IonMemristor(**PLAIN, motion=Motion(np.array([0.1])), eta_1=0.1)
     with pytest.raises(ValueError, match=r"lower the occupation or the area"):
         phonons.planned(Motion(np.array([0.2])), 5e3, 3.5, 1e-10)
+    with pytest.raises(ValueError, match=r"lower the occupation or the area"):
+        phonons.planned(Motion(np.array([0.1])), 400.0, 3.3, 1e-8)
     with pytest.raises(ValueError, match=r"at most two pulses"):
         phonons.carrier_factors(Motion(np.array([0.1])), jnp.asarray(1.0), [(1, 0.0)] * 3, 0, np.pi)

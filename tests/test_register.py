@@ -122,6 +122,23 @@ def test_moving_ions_slow_every_beam_that_they_see():
     assert np.max(np.abs(loop.y - still.y)) > 1e-3
 
 
+def test_a_dark_ion_sees_its_neighbours():
+    dark = ion(method=Lindblad(1e-8), rabi_scale_1=np.array([1.0, 0.0, 1.0, 1.0]))
+    loop = run(Register(dark, IONS, crosstalk_1=0.1), X, np.full_like(X, 0.3))
+    assert bool(jnp.all(loop.valid))
+    assert 0.005 < float(jnp.max(loop.x[:, 1])) < 0.2
+
+
+def test_thermal_averages_hold_for_the_light_of_all_beams():
+    # Laid for the ion's own area: with all neighbours on, cycles are flagged, not wrong.
+    motion = plan_motion(Motion(np.full((1, IONS), 0.12)), 5.0, 3.2, 1e-8)
+    device = ion(motion=motion, n_bar=5.0, method=ClosedForm(), rabi_scale_1=1.0, rabi_scale_2=1.0)
+    share = np.full((IONS, IONS), 0.8) + 0.2 * np.eye(IONS)
+    full = np.ones((2, IONS))
+    assert bool(jnp.all(run(device, full, full).valid))
+    assert not bool(jnp.any(run(Register(device, IONS, share, share), full, full).valid))
+
+
 def test_gradients_against_finite_differences():
     planned = Register(ion(method=AreaSeries(StaticGrid(error=1e-8))), IONS, crosstalk_1=0.05, crosstalk_2=0.05)
     planned = planned.prepared(jnp.asarray(X), Settings())

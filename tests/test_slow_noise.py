@@ -230,6 +230,7 @@ def test_negative_rabi_frequencies_are_phases():
     np.testing.assert_allclose(second.coherence_vs[1], noisy_coherence(theta_1, theta_2, noise), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_weak_detuned_pulses_average_to_a_narrower_gaussian():
     # P = theta^2/4 exp(-delta^2 sigma^2), whose mean over delta ~ N(0, s) is that over sqrt(1 + 2 s^2 sigma^2).
     x_set, noise = np.array([1e-6]), SlowNoise(detuning_noise_1_hz=6e3)
@@ -289,6 +290,7 @@ def test_motion_and_known_offsets_are_averaged_along():
     np.testing.assert_allclose(silent[1].populations, loop.populations_2, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_derivatives_of_an_averaged_device():
     box = {"rabi_scale_1": (0.6, 1.4), "detuning_1_hz": (-9e3, 9e3), "detuning_2_hz": (-9e3, 9e3)}
     ion = planned(device(method=StaticGrid()), box)

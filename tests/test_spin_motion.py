@@ -310,7 +310,7 @@ def test_gradient_against_finite_differences(kind):
         return pair, Modes(**p)
 
     pair, modes = pieces(point)
-    plan = plan_solve(system, pair, modes, window_s=WINDOW_S, cutoff=12, error=1e-5)
+    plan = plan_solve(system, pair, modes, window_s=WINDOW_S, cutoff=12, error=1e-7)
 
     @jax.jit
     def p_s(p):

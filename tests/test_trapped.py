@@ -221,6 +221,8 @@ def test_the_verb_prints_and_draws(tmp_path, capsys):
     [
         ({"trap": {**RODS, "rf_voltage_v": 4000.0}}, r"does not hold the ion along x: .* lower the rf voltage"),
         ({"chain": {"ions": 20}}, r"the straight chain of 20 ions is not stable along x \(zigzag\)"),
+        ({"trap": {**RODS, "stray_field_v_per_m": [1e6, 0.0, 0.0]}}, r"trap.stray_field_v_per_m pushes the ions"),
+        ({"trap": {**HARMONIC, "rf_hz": 5e6}}, r"trap.secular_hz must be below half of trap.rf_hz"),
         ({"device": {"n_bar": 9e3}, "trap": {"kind": "harmonic", "secular_hz": [1e5, 1e5, 5e4]}},
          r"lower the occupation or the area"),
     ],
@@ -244,6 +246,9 @@ def test_what_is_not_stable_or_too_hot_is_refused(tables, sentence):
         ({"motion": {"beam_1": [0.0, 0.0, 0.0]}}, "motion.beam_1 is [0, 0, 0]"),
         ({"crosstalk": {"neighbour_1": 0.1}}, "crosstalk needs the ions of a register"),
         ({"device": {"eta_1": 0.1}}, "device.eta_1 is given, but [trap]"),
+        ({"chain": {"ions": 3, "masses_u": [171.0, 9.0, 171.0]}}, "masses_u makes the memristor, ion 2, one of 9 u"),
+        ({"device": {"engine": "closed_form", "detuning_noise_1_hz": 9.0}}, "device.engine is 'closed_form'"),
+        ({"chain": {"masses_u": 171.0}}, "chain.masses_u is 171.0, but must be a list of numbers"),
         ({"fit": {"free": {"eta_1": [0.0, 0.1]}}}, "fit.free.eta_1 follows from [trap]"),
         ({"chain": {"ions": 3, "memristors": "all"}, "sweep": {"parameters": {"n_bar": [0.0, 1.0]}}},
          "sweep is made for one memristor"),

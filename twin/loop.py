@@ -57,7 +57,8 @@ def averaged(response: Response, weights: Float[Array, "..."], axis: int = 1) ->
     return Response(
         mean(response.populations),
         mean(response.coherence_vs),
-        jnp.all(response.valid, axis=own),
+        # Weights are NaN where their average does not serve.
+        jnp.all(response.valid, axis=own) & jnp.all(jnp.isfinite(weights), axis=0 if axis > 0 else -1),
         jnp.max(response.error_estimate, axis=own),
         response.method,
     )

@@ -207,7 +207,7 @@ class IonMemristor(AbstractMemristor):
         # With many nodes it pays to average the series, once, rather than every cycle.
         folded = table is not None and self.motion is not None
         if folded:
-            table = area_table.averaged(table, *self.carrier_factors(len(batch_shape(self))))
+            table = area_table.averaged(table, *self.carrier_factors(len(batch_shape(self)), jnp.maximum(*largest)))
         if isinstance(method, EmulatedSeries):
             table = method.table(self, settings)
         moves = self.moves and not folded
@@ -215,7 +215,7 @@ class IonMemristor(AbstractMemristor):
         def respond(theta_1, theta_2, *, alone, of_cycle=None) -> Response:
             now = settings if of_cycle is None else dataclasses.replace(settings, of_cycle=of_cycle)
             if moves:
-                factor_1, factor_2, weights = self.carrier_factors(jnp.ndim(theta_1))
+                factor_1, factor_2, weights = self.carrier_factors(jnp.ndim(theta_1), jnp.maximum(*largest))
                 theta_1, theta_2 = factor_1 * theta_1, factor_2 * theta_2
             elif not folded:
                 theta_1, theta_2 = self.at_rest(theta_1, theta_2)

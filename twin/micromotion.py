@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Real
 from twin.batching import physical, real_array
 
 # Midpoints of a half period: exact to rounding up to an argument of about 30.
+_REACH = 30.0
 _ANGLES = (np.arange(48) + 0.5) * np.pi / 48
 
 
@@ -23,10 +24,11 @@ def bessel_j(order: int, x: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Bessel function J_n(x), by the mean of cos(n t - x sin t) over a period: entire, so with all derivatives.
 
     Args:
-        order: n, 0 to 10. x: real, |x| < 30; absolute error below 1e-14 there.
+        order: n, 0 to 10. x: real, |x| < 30; absolute error below 1e-14 there, and NaN beyond.
     """
     x = real_array(x)[..., None]
-    return jnp.mean(jnp.cos(order * _ANGLES - x * np.sin(_ANGLES)), axis=-1)
+    mean = jnp.mean(jnp.cos(order * _ANGLES - x * np.sin(_ANGLES)), axis=-1)
+    return jnp.where(jnp.abs(x[..., 0]) < _REACH, mean, jnp.nan)
 
 
 class ExcessMicromotion(eqx.Module):

@@ -29,6 +29,8 @@ _TAIL = 33.0
 # The least value of J_0, where it lies, and a margin for what J_0(2 sqrt(n) eta) leaves out of L_n(eta^2).
 _LEAST, _LEAST_AT, _MARGIN = -0.402760, 3.670, 0.02
 _MOST_NUMBERS = 4000
+# n eta^2 up to which the series of a Laguerre polynomial keeps ten digits.
+_SERIES_REACH = 60.0
 
 
 class Motion(eqx.Module):
@@ -112,16 +114,30 @@ def displaced_thermal(
 
     by the recurrence of L_n, all of whose terms are positive; n_bar = 0 is Poisson's distribution.
     """
+    # Terms are kept near one, and the logarithm of their scale beside them: exp(-|alpha|^2) may underflow.
     n_bar, coherent = jnp.broadcast_arrays(real_array(n_bar), real_array(coherent))
     q, u = n_bar / (n_bar + 1), coherent / (n_bar + 1) ** 2
 
+    def step(carry, n):
+        now, before, scale = carry
+        following = ((q * (2 * n + 1) + u) * now - q**2 * n * before) / (n + 1)
+        size = lax.stop_gradient(jnp.maximum(following, 1e-30))
+        return (following / size, now / size, scale + jnp.log(size)), now * jnp.exp(scale)
+
+    one = jnp.ones_like(q)
+    first = -coherent / (n_bar + 1) - jnp.log(n_bar + 1)
+    return lax.scan(step, (one, jnp.zeros_like(one), first), jnp.arange(count, dtype=float))[1]
+
+
+def _whole_laguerre(eta: Float[Array, "modes ..."], count: int) -> Float[Array, "count modes ..."]:
+    """L_n(eta^2) for n = 0 ... count - 1 by its recurrence, which does not cancel."""
+    z = eta**2
+
     def step(pair, n):
         now, before = pair
-        following = ((q * (2 * n + 1) + u) * now - q**2 * n * before) / (n + 1)
-        return (following, now), now
+        return (((2 * n + 1 - z) * now - n * before) / (n + 1), now), now
 
-    first = jnp.exp(-coherent / (n_bar + 1)) / (n_bar + 1)
-    return lax.scan(step, (first, jnp.zeros_like(first)), jnp.arange(count, dtype=float))[1]
+    return lax.scan(step, (jnp.ones_like(z), jnp.zeros_like(z)), jnp.arange(count, dtype=float))[1]
 
 
 def carrier_factors(
@@ -154,19 +170,26 @@ def carrier_factors(
     else:
         p = displaced_thermal(thermal, spread(motion.coherent), motion.numbers)
         numbers = jnp.arange(motion.numbers, dtype=float).reshape((-1,) + (1,) * thermal.ndim)
-    beams = []
+    beams, beyond = [], jnp.zeros(())
     for beam, gained in pulses[:1] if motion.line else pulses:
         eta = spread(motion.lamb_dicke(beam))
         later = 0.0 if share is None else share * (gained - pulses[0][1])
         # L_n alone, which is 1 for a mode at rest; shape (numbers, modes, *axes).
-        slowed = carrier_factor(eta, numbers + later) * jnp.exp(eta**2 / 2)
+        if motion.coherent is not None and share is None:
+            slowed = _whole_laguerre(eta, motion.numbers)
+        else:
+            # Far nodes weigh nothing, and their series cancels.
+            near = numbers * lax.stop_gradient(eta) ** 2 < _SERIES_REACH
+            at_rest = carrier_factor(eta, jnp.where(near, numbers, 0.0) + later) * jnp.exp(eta**2 / 2)
+            slowed = jnp.where(near, at_rest, 0.0)
+            beyond = beyond + jnp.sum(jnp.where(near, 0.0, p), axis=(0, 1))
         low = lowest(eta, thermal + later, None if motion.coherent is None else spread(motion.coherent))
         beams.append((slowed, low, jnp.exp(-jnp.sum(eta**2, axis=0) / 2)))
     weights = _weights([(jnp.swapaxes(slowed, 0, 1), low) for slowed, low, _ in beams], jnp.swapaxes(p, 0, 1), motion)
     grids = [_grid(low, motion.factors) * scale for _, low, scale in beams]
     area = lax.stop_gradient(jnp.abs(real_array(area_rad)))
     each = area * len(pulses) / len(beams)
-    stated = sum(truncation(each * (1 - low) / 2, motion.factors) for _, low, _ in beams)
+    stated = sum(truncation(each * (1 - low) / 2, motion.factors) for _, low, _ in beams) + 2 * beyond
     if motion.coherent is None:
         width = jnp.sqrt(lax.stop_gradient(thermal * (thermal + 1)))
         heat = [spread(motion.lamb_dicke(beam)) ** 2 * width for beam, _ in pulses]
@@ -313,7 +336,8 @@ def planned(motion: Motion, n_bar, area_rad: float, error: float) -> Motion:
         modes = len(motion.eta_1)
         sizes = (k for k in range(2, 129) if modes * quadrature_error(area_rad * jnp.max(heat), k) <= error / 4)
         numbers = next(sizes, 0)
-    if not 0 < numbers <= _MOST_NUMBERS:
+    hottest = max(float(jnp.max(_aligned(motion.lamb_dicke(beam), n.ndim - 1) ** 2 * n)) for beam in (1, 2))
+    if not 0 < numbers <= _MOST_NUMBERS or hottest * _TAIL > _SERIES_REACH:
         raise ValueError(
             f"a mean phonon number of {float(jnp.max(n)):g} at an area of {area_rad:g} rad asks for too many phonon "
             f"numbers in the thermal average; lower the occupation or the area, or raise the error of {error:g}."

@@ -140,9 +140,15 @@ class Register(AbstractMemristor):
     @property
     def brightest(self) -> IonMemristor:
         """The ions with all beams on at full command, for which grids and series are laid."""
-        own, all_on = self.ion.largest_areas, self.largest_areas
-        grown = [getattr(self.ion, f"amplitude_{k}") * jnp.max(all_on[k - 1] / own[k - 1]) for k in (1, 2)]
-        return dataclasses.replace(self.ion, amplitude_1=grown[0], amplitude_2=grown[1])
+        changed = {}
+        for k, own, all_on in zip((1, 2), self.ion.largest_areas, self.largest_areas, strict=True):
+            # An ion may be dark, and be reached by its neighbours' light all the same.
+            most = jnp.max(own)
+            changed[f"rabi_scale_{k}"] = jnp.max(getattr(self.ion, f"rabi_scale_{k}"))
+            changed[f"amplitude_{k}"] = jnp.max(getattr(self.ion, f"amplitude_{k}")) * jnp.where(
+                most > 0, jnp.max(all_on) / jnp.where(most > 0, most, 1.0), 1.0
+            )
+        return dataclasses.replace(self.ion, **changed)
 
     def with_method_of(self, planned: IonMemristor) -> "Register":
         """The register whose ions are solved as those of a planned device."""
