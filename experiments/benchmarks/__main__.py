@@ -20,7 +20,7 @@ WORKS = {
     "B9": spin_motion.solves,
     "loop": trajectories.loop,
 }
-# B4 and the laboratory frame of B9 take minutes whatever their size, B5 and B8 start processes of their own; the loop
+# B4 and B9 take minutes whatever their size, B5 and B8 start processes of their own; the loop
 # was decided once.
 _NOT_QUICK = ("B4", "B5", "B8", "B9", "loop")
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
