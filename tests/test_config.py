@@ -348,7 +348,10 @@ def test_the_schema_is_json_and_tells_unit_default_and_range():
     sigma = schema["$defs"]["Device"]["properties"]["sigma_1_s"]
     assert (sigma["unit"], sigma["default"], sigma["minimum"], sigma["maximum"]) == ("s", 2e-5, 1e-8, 0.01)
     free = schema["$defs"]["Fit"]["properties"]["free"]
-    assert set(free["propertyNames"]["enum"]) == {*PARAMETERS, "overdispersion", "outlier_share"}
+    assert set(free["propertyNames"]["enum"]) == {
+        *PARAMETERS,
+        *("overdispersion", "outlier_share", "crosstalk_1", "crosstalk_2"),
+    }
     axes = schema["$defs"]["Sweep"]["properties"]["parameters"]["additionalProperties"]["anyOf"]
     assert {"$ref": "#/$defs/Axis"} in axes
     assert any(axis.get("type") == "array" for axis in axes)
@@ -373,7 +376,8 @@ def test_parameters_and_commands_are_the_promised_names():
         *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz", "n_bar"),
         *("readout_error_bright", "readout_error_dark", "sigma_1_s", "sigma_2_s", "separation_s", "window_cycles"),
         *("eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s"),
-        *("laser_linewidth_1_hz", "laser_linewidth_2_hz"),
+        *("laser_linewidth_1_hz", "laser_linewidth_2_hz", "stark_1_hz", "stark_2_hz"),
+        *("amplitude_noise_1", "amplitude_noise_2", "detuning_noise_1_hz", "detuning_noise_2_hz"),
     }
     assert all(math.isfinite(low) and math.isfinite(high) and low < high for low, high, _ in PARAMETERS.values())
     assert {"amplitude_1", "amplitude_2", "separation_s"} < set(COMMANDS)

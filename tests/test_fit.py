@@ -147,19 +147,20 @@ def test_new_data_boxes_and_device_values_trace_nothing(monkeypatch):
         return predict(*args, **kwargs)
 
     calibrated()
+    # Counts are drawn from predictions, so all are drawn before any is counted.
+    one, two, three = recorded(1), recorded(2), recorded()
+    longer = synthesize(tables.ion(**tables.TRUTH), tables.settings((5.0, 9.0), cycles=46), jax.random.key(9))
     monkeypatch.setattr(problem, "predict", counting)
-    first = fit(tables.ion(), recorded(1), FREE, starts=3, seed=1)
+    first = fit(tables.ion(), one, FREE, starts=3, seed=1)
     wider = {name: (low, 1.1 * high) for name, (low, high) in FREE.items()}
-    second = fit(tables.ion(amplitude_1=0.97, memory=MovingAverage(4.0)), recorded(2), wider, starts=3, seed=2)
+    second = fit(tables.ion(amplitude_1=0.97, memory=MovingAverage(4.0)), two, wider, starts=3, seed=2)
     assert traces == 0
     assert first.parameters != second.parameters
-    # A longer table fills the same arrays.
-    longer = synthesize(tables.ion(**tables.TRUTH), tables.settings((5.0, 9.0), cycles=46), jax.random.key(9))
-    result = fit(tables.ion(), longer, FREE, starts=3)
+    result = fit(tables.ion(), longer, FREE, starts=3)  # a longer table fills the same arrays
     assert traces == 0
     assert result.prediction is not None
     assert len(result.prediction.p_y) == len(longer)
-    fit(tables.ion(), recorded(), tables.SCALES, starts=2)  # another problem does count
+    fit(tables.ion(), three, tables.SCALES, starts=2)  # another problem does count
     assert traces > 0
 
 

@@ -130,8 +130,9 @@ def test_it_is_not_compiled_again_for_other_data(monkeypatch):
     predict = problems.predict
     options = {"starts": 2, "optimizer": "levenberg_marquardt"}
     first = fit(tables.ion(), recorded(), FREE, **options)
+    other = recorded(3)
     monkeypatch.setattr(problems, "predict", counting)
-    second = fit(tables.ion(amplitude_1=0.98), recorded(3), FREE | {"rabi_scale_1": (0.8, 1.2)}, **options)
+    second = fit(tables.ion(amplitude_1=0.98), other, FREE | {"rabi_scale_1": (0.8, 1.2)}, **options)
     assert traces == 0
     assert first.parameters != second.parameters
 

@@ -251,7 +251,7 @@ def test_a_fit_of_the_motion_brings_its_nodes():
 
     rows = {"n_bar": {"value": 3.0, "verdict": "identified"}}
     fit = SimpleNamespace(path=Path("fit"), result={"status": "converged", "parameters": rows})
-    device, _ = optimize._calibrated(tables.ion(eta_1=0.05), fit)
+    device, _ = optimize._calibrated(parse_config({}), tables.ion(eta_1=0.05), fit)
     assert device.phonon_nodes == 8 and float(device.n_bar) == 3.0
 
 

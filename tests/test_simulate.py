@@ -54,13 +54,14 @@ def test_every_number_of_the_device_table_reaches_the_device():
     table = {name: 0.3 for name in Device.model_fields if name not in ("platform", "engine", "scheme", "loss", "error")}
     table |= {name: 1e-4 for name in table if name.endswith("_s")}
     table |= {name: 7.0 for name in table if name.endswith("_hz") and name != "laser_linewidth_hz"}
+    table |= {name: 0.1 for name in table if name.startswith("amplitude_noise")}
     del table["laser_linewidth_hz"]
     table |= {"laser_linewidth_1_hz": 5.0, "laser_linewidth_2_hz": 6.0}
     numbers = {name: value * (1 + k / 100) for k, (name, value) in enumerate(table.items())}
-    device = device_from(config(scheme="ladder", **numbers))
+    device = device_from(config(engine="lindblad", scheme="ladder", **numbers))
     assert isinstance(device, IonMemristor)
     assert device.scheme == "ladder"
-    assert {name: float(getattr(device, name)) for name in numbers} == numbers
+    assert {name: float(value_of(device, name)) for name in numbers} == numbers
     assert float(device.laser_linewidth_hz) == 0.0
 
 
