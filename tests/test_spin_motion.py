@@ -11,7 +11,7 @@ import qutip
 from twin.closed_form import separated_populations
 from twin.levels import LAMBDA, LevelSystem
 from twin.memory import MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, Settings
+from twin.memristor import ClosedForm, IonMemristor, Lindblad, Settings
 from twin.pulses import Gaussian, PiecewiseConstant
 from twin.sidebands import displaced_states, displacement_bands, needed_cutoff, sideband_bound
 from twin.spin_motion import Modes, Plan, plan_solve, solve
@@ -208,6 +208,27 @@ def test_thermal_averages_hold_where_the_pulse_is_slow(sigma_s, n_bar):
     assert difference < bound + 1e-6
     # The bound is no empty one.
     assert bound < 5 * difference + 1e-6
+
+
+@pytest.mark.slow
+def test_thermal_averages_of_the_lindblad_engine_against_qutip():
+    """Decay, detuning and dephasing beside the motion, against the full solve of an independent code."""
+    sigma_s, eta, n_bar = 1e-6, 0.08, 0.5
+    device = IonMemristor(
+        MovingAverage(3.0), method=Lindblad(1e-9), phonon_nodes=8, n_bar=n_bar, eta_1=eta, eta_2=eta,
+        lifetime_s=2e-4, branching=0.4, detuning_1_hz=4e3, detuning_2_hz=-6e3, laser_linewidth_hz=500.0,
+        laser_linewidth_1_hz=1e3, sigma_1_s=sigma_s, sigma_2_s=sigma_s, separation_s=10 * sigma_s,
+        lead_s=6 * sigma_s, tail_s=6 * sigma_s,
+    )  # fmt: skip
+    x, r = jnp.array([0.6]), jnp.array([0.3])
+    average = device.prepared(x, Settings()).under(Settings())(x, r, alone=False).populations[:, 0]
+    pair = device.pulses(*(area[0] for area in device.areas(x, r)))
+    modes = Modes(SECULAR_HZ, eta, eta, n_bar=n_bar)
+    p, _ = qutip_populations(OPEN, pair, modes, (14,), "v", (-6 * sigma_s, 16 * sigma_s))
+    np.testing.assert_allclose(average, p, atol=1e-4, rtol=0)
+    # The average took part.
+    still = dataclasses.replace(device, n_bar=0.0, eta_1=0.0, eta_2=0.0).prepared(x, Settings()).under(Settings())
+    assert np.max(np.abs(np.asarray(still(x, r, alone=False).populations[:, 0]) - p)) > 1e-3
 
 
 def test_thermal_averages_fail_where_the_pulse_is_as_fast_as_the_motion():
