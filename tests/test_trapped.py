@@ -286,7 +286,7 @@ def test_the_tables_reach_a_sweep_and_a_search(tmp_path):
     given.write_text(
         '[trap]\nkind = "harmonic"\nsecular_hz = [3.1e6, 2.9e6, 1.0e6]\n[chain]\nions = 2\n'
         '[device]\nengine = "closed_form"\nn_bar = 1.0\n'
-        "[sweep]\npoints = 3\n[sweep.parameters]\nn_bar = [0.0, 4.0]\n"
+        "[sweep]\npoints = 3\nmemory_mb = 16384\n[sweep.parameters]\nn_bar = [0.0, 4.0]\n"
         "[sweep.loop]\nperiods = 2\ncycles_per_period = 12\n"
     )
     assert call("sweep", given, "--out", tmp_path / "s.zarr") == 0
