@@ -322,6 +322,15 @@ def test_reference_method_agrees():
     assert reference.method == "adaptive"
 
 
+def test_many_photonic_devices_are_cut_into_blocks():
+    """They have no method whose numbers would belong to no lane."""
+    x, losses = sine_input(periods=1, cycles_per_period=12), np.linspace(0, 0.5, 70)
+    many = run(PhotonicMemristor(memory=MovingAverage(3.0), loss=losses), x[:, None])
+    for k in (0, 33, 69):
+        one = run(PhotonicMemristor(memory=MovingAverage(3.0), loss=losses[k]), x)
+        np.testing.assert_allclose(many.y[:, k], one.y, rtol=0, atol=1e-14)
+
+
 def test_loss_thins_the_photonic_output():
     """y = (1 - loss)(1 - R) x, coherence 2 sqrt((1 - loss)(1 - R) x (1 - x)); the input run sees no loss."""
     x, r = jnp.array([0.0, 0.3, 0.8, 1.0]), jnp.array([0.5, 0.2, 0.7, 0.0])

@@ -8,7 +8,7 @@ all x are computed at once, then all r, then all y (`run`); `stream` does the sa
 import abc
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -250,9 +250,10 @@ def run(
     shape = batch_shape(device, Rows(x_set))
     blocks = math.prod(shape) >= 2 * _BLOCK and key is None and settings.of_cycle is None and not device.coupled
     if blocks and not is_traced(device, x_set, r_set, settings) and jax.local_devices()[0].platform == "cpu":
-        # The numbers of a method, such as its error, belong to no lane.
-        method = jax.tree.map(lambda _: False, getattr(device, "method", None))
-        own = eqx.tree_at(lambda d: getattr(d, "method", None), jax.tree.map(lambda _: True, device), method)
+        own: Any = jax.tree.map(lambda _: True, device)
+        if hasattr(device, "method"):
+            # The numbers of a method, such as its error, belong to no lane.
+            own = eqx.tree_at(lambda d: d.method, own, jax.tree.map(lambda _: False, device.method))
         own, common = eqx.partition(device, own)
         batched = (own, Rows(x_set), None if r_set is None else Rows(r_set))
         return in_blocks(_run_block, batched, shape, shared=(common, settings), block=_BLOCK)
