@@ -68,7 +68,7 @@ class NodeSeries(eqx.Module):
         reached = [_horner(self.first[:, level], t_1) for level in levels]
 
         def functional(second: Array, residual: Array) -> Array:
-            total = sum(_horner(second[:, level], t_2) * reached[level] for level in levels)
+            total = jnp.asarray(sum(_horner(second[:, level], t_2) * reached[level] for level in levels))
             return total + _horner([_horner(row, t_2) for row in residual], t_1) if len(residual) else total
 
         signal, assigned = (functional(*pair) for pair in zip(self.second, self.residual, strict=True))
