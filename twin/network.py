@@ -26,6 +26,7 @@ from twin.dynamics import StaticGrid
 from twin.graph import Graph
 from twin.loop import SOURCES, AbstractMemristor, Responder, Settings, feedback, within_rounding
 from twin.memory import HISTORY, MovingAverage
+from twin.node_series import NodeSeries, node_series
 from twin.planning import Automatic, Lindblad, chosen
 from twin.readout import sample_counts
 
@@ -58,6 +59,7 @@ class Network(eqx.Module):
         graph: edges between all the nodes.
         encoding: None for inputs that are commands already, one channel a node.
         sizes: nodes of each device, where its parameters do not say; without it one device alone stands for all.
+        series: what `tabulated` found; leave it out.
 
     Raises:
         ValueError: parameters that do not fit the sizes, sizes that do not add up to the nodes of the graph, an
@@ -68,6 +70,7 @@ class Network(eqx.Module):
     graph: Graph
     encoding: Encoding | None = None
     sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    series: tuple[NodeSeries | None, ...] | None = None
 
     def __check_init__(self):
         total = self.graph.nodes
@@ -125,6 +128,16 @@ class Network(eqx.Module):
     def prepared(self) -> "Network":
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
+
+    def tabulated(self) -> "Network":
+        """The network with the dynamics of its ions solved, for many records; a device changed later is not seen."""
+        network = self.prepared()
+        return dataclasses.replace(network, series=_tabulated(network.nodes))
+
+
+@eqx.filter_jit
+def _tabulated(devices: tuple[AbstractMemristor, ...]) -> tuple[NodeSeries | None, ...]:
+    return tuple(node_series(device, Settings()) for device in devices)
 
 
 class Trace(eqx.Module):
@@ -195,7 +208,7 @@ def play(
     inputs = real_array(inputs)
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
-    network = network.prepared()
+    network = network if network.series is not None else network.prepared()
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
     if form == "scan" or order is None:
@@ -229,35 +242,44 @@ class _Player:
     """One device at its work: what all cycles share is done once."""
 
     device: AbstractMemristor
-    respond: Responder
+    series: NodeSeries | None
+    respond: Responder | None
     place: int
 
     @classmethod
     def of(cls, network: Network) -> tuple["_Player", ...]:
-        return tuple(cls(d, d.under(Settings()), g) for g, d in enumerate(network.nodes))
+        players = []
+        for place, device in enumerate(network.nodes):
+            series = node_series(device, Settings()) if network.series is None else network.series[place]
+            players.append(cls(device, series, None if series else device.under(Settings()), place))
+        return tuple(players)
 
     def first(self, x_set, shots, key) -> dict[str, Array]:
         """Pulse 1 alone."""
-        response = self.respond(x_set, jnp.zeros_like(x_set), alone=True)
-        valid = response.valid & (x_set >= 0) & (x_set <= 1)
-        x, p_x = self._judged(response, valid)
+        x, p_x, valid = self._answer(x_set, None)
         n_x = self._counts(p_x, shots, key, 0)
         sent = jnp.where(valid, feedback(self.device, x_set, x, p_x, n_x, shots), jnp.nan)
         return {"x": x, "p_x": p_x, "valid": valid, "sent_x": sent} | ({} if n_x is None else {"n_x": n_x})
 
     def second(self, x_set, r, shots, key) -> dict[str, Array]:
         """Both pulses."""
-        response = self.respond(x_set, r, alone=False)
-        valid = response.valid & (x_set >= 0) & (x_set <= 1)
-        y, p_y = self._judged(response, valid)
+        y, p_y, valid = self._answer(x_set, r)
         n_y = self._counts(p_y, shots, key, 1)
         measured = self.device.source == "measured"
         sent = n_y / shots if measured and n_y is not None else within_rounding(p_y if measured else y)
         return {"y": y, "p_y": p_y, "valid": valid, "sent_y": sent} | ({} if n_y is None else {"n_y": n_y})
 
-    def _judged(self, response, valid) -> list[Array]:
-        values = (self.device.signal(response.populations), self.device.assigned(response.populations))
-        return [jnp.where(valid, value, jnp.nan) for value in values]
+    def _answer(self, x_set, r) -> tuple[Array, Array, Array]:
+        """Signal, probability of its assignment, and whether they are good; of pulse 1 alone without `r`."""
+        if self.series is not None:
+            signal, assigned, valid = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
+        else:
+            assert self.respond is not None
+            response = self.respond(x_set, jnp.zeros_like(x_set) if r is None else r, alone=r is None)
+            signal, assigned = (f(response.populations) for f in (self.device.signal, self.device.assigned))
+            valid = response.valid
+        valid = valid & (x_set >= 0) & (x_set <= 1)
+        return jnp.where(valid, signal, jnp.nan), jnp.where(valid, assigned, jnp.nan), valid
 
     def _counts(self, p, shots, key, run: int) -> Array | None:
         """Counts of a cycle, or of each row with a key of its own: both forms draw the same."""
