@@ -136,9 +136,9 @@ def test_a_bad_node_spoils_only_what_it_reaches():
 
 
 def test_a_network_tabulated_once_plays_the_same():
-    memory = MovingAverage(jnp.array([3.0, 4.5, 6.0]))
-    ions = IonMemristor(memory=memory, rabi_scale_1=jnp.array([0.97, 1.0, 1.04]), detuning_1_hz=300.0)
-    network = Network((ions,), ring(3, 0.3), Encoding(jnp.array([[0.6], [0.4], [0.5]])))
-    inputs = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (30, 1)))
+    memory = MovingAverage(jax.numpy.array([3.0, 4.5, 6.0]))
+    ions = IonMemristor(memory=memory, rabi_scale_1=jax.numpy.array([0.97, 1.0, 1.04]), detuning_1_hz=300.0)
+    network = Network((ions,), graph.ring(3, 0.3), Encoding(jax.numpy.array([[0.6], [0.4], [0.5]])))
+    inputs = jax.numpy.asarray(np.random.default_rng(0).uniform(0, 1, (30, 1)))
     one, other = play(network, inputs), play(network.tabulated(), inputs)
     np.testing.assert_allclose(other.y, one.y, rtol=0, atol=1e-14)
