@@ -62,7 +62,7 @@ class CrossedPair(eqx.Module):
         w = 2 * math.pi / self.cycles_per_period
         return math.sin(w) / w
 
-    def points(self, u: Float[Array, "..."]) -> dict[str, Float[Array, "..."]]:
+    def points(self, u) -> dict[str, Float[Array, "..."]]:
         """x_A, x_B, r_A, r_B, y_A, y_B at the phase u of A's input."""
         s, lag, phase = self.shrink, self.lag_rad, self.phase_rad
         x_a, x_b = (1 - jnp.cos(u)) / 2, (1 - jnp.cos(u + phase)) / 2
@@ -79,7 +79,7 @@ class CrossedPair(eqx.Module):
         """Area of y_A over x_B: (pi/8) [S sin(lag) - sin(Phi)], with the signs of the lobes."""
         return math.pi / 8 * (self.shrink * jnp.sin(self.lag_rad) - jnp.sin(self.phase_rad)) * self._polygon
 
-    def inter_width(self, s: Float[Array, "..."]) -> Float[Array, "..."]:
+    def inter_width(self, s) -> Float[Array, "..."]:
         """Rising minus falling branch of y_A at x_B = (1 - cos s)/2, 0 < s < pi."""
         return jnp.sin(s) / 2 * (self._mean - self.shrink * jnp.cos(s) * jnp.sin(self.phase_rad + self.lag_rad))
 
@@ -115,9 +115,7 @@ class CrossedPair(eqx.Module):
         return jnp.where(self.crosses_itself, lower, whole), jnp.where(self.crosses_itself, whole - lower, 0.0)
 
 
-def cascade_outputs(
-    window_a: Float[Array, "..."] | float, window_b: Float[Array, "..."] | float, u: Float[Array, "..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def cascade_outputs(window_a, window_b, u) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """y_A and y_B of a cascade x_B = y_A in its steady state, each memristor remembering its own input.
 
     x_A = (1 - cos u)/2 gives y_A with harmonics up to the second; a moving average over T = `window` periods multiplies
