@@ -24,7 +24,7 @@ from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
 from twin.dynamics import StaticGrid
 from twin.graph import Graph
-from twin.loop import SOURCES, AbstractMemristor, Responder, Settings, feedback, within_rounding
+from twin.loop import SOURCES, AbstractMemristor, Settings, feedback, within_rounding
 from twin.memory import HISTORY, MovingAverage
 from twin.node_series import NodeSeries, node_series
 from twin.planning import Automatic, Lindblad, chosen
@@ -237,56 +237,38 @@ def _prepared(device: AbstractMemristor) -> AbstractMemristor:
     return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Player:
     """One device at its work: what all cycles share is done once."""
 
-    device: AbstractMemristor
-    series: NodeSeries | None
-    respond: Responder | None
-    place: int
+    def __init__(self, device: AbstractMemristor, series: NodeSeries | None):
+        self.device, self.series = device, series
+        self.respond = None if series else device.under(Settings())
 
-    @classmethod
-    def of(cls, network: Network) -> tuple["_Player", ...]:
-        players = []
-        for place, device in enumerate(network.nodes):
-            series = node_series(device, Settings()) if network.series is None else network.series[place]
-            players.append(cls(device, series, None if series else device.under(Settings()), place))
-        return tuple(players)
-
-    def first(self, x_set, shots, key) -> dict[str, Array]:
-        """Pulse 1 alone."""
-        x, p_x, valid = self._answer(x_set, None)
-        n_x = self._counts(p_x, shots, key, 0)
-        sent = jnp.where(valid, feedback(self.device, x_set, x, p_x, n_x, shots), jnp.nan)
-        return {"x": x, "p_x": p_x, "valid": valid, "sent_x": sent} | ({} if n_x is None else {"n_x": n_x})
-
-    def second(self, x_set, r, shots, key) -> dict[str, Array]:
-        """Both pulses."""
-        y, p_y, valid = self._answer(x_set, r)
-        n_y = self._counts(p_y, shots, key, 1)
-        measured = self.device.source == "measured"
-        sent = n_y / shots if measured and n_y is not None else within_rounding(p_y if measured else y)
-        return {"y": y, "p_y": p_y, "valid": valid, "sent_y": sent} | ({} if n_y is None else {"n_y": n_y})
-
-    def _answer(self, x_set, r) -> tuple[Array, Array, Array]:
-        """Signal, probability of its assignment, and whether they are good; of pulse 1 alone without `r`."""
+    def play(self, x_set: Array, r: Array | None) -> dict[str, Array]:
+        """Pulse 1 alone (`r` None), or both pulses."""
         if self.series is not None:
-            signal, assigned, valid = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
+            values = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
+            population, p, valid = values
         else:
             assert self.respond is not None
             response = self.respond(x_set, jnp.zeros_like(x_set) if r is None else r, alone=r is None)
-            signal, assigned = (f(response.populations) for f in (self.device.signal, self.device.assigned))
+            population, p = self.device.signal(response.populations), self.device.assigned(response.populations)
             valid = response.valid
         valid = valid & (x_set >= 0) & (x_set <= 1)
-        return jnp.where(valid, signal, jnp.nan), jnp.where(valid, assigned, jnp.nan), valid
+        names = ("x", "p_x") if r is None else ("y", "p_y")
+        return {names[0]: jnp.where(valid, population, jnp.nan), names[1]: jnp.where(valid, p, jnp.nan), "valid": valid}
 
-    def _counts(self, p, shots, key, run: int) -> Array | None:
-        """Counts of a cycle, or of each row with a key of its own: both forms draw the same."""
-        if key is None:
-            return None
-        draw = lambda k, p: sample_counts(jax.random.fold_in(k, 2 * self.place + run), p, shots)
-        return draw(key, p) if p.ndim == 1 else jax.vmap(draw)(key, p)
+    def sent(self, run: str, known: dict[str, Array], shots) -> Array:
+        """What edges and memories see of the run "x" or "y"."""
+        population, p, counts = known[run], known[f"p_{run}"], known.get(f"n_{run}")
+        if run == "y" and self.device.source == "command":
+            return within_rounding(population)
+        return jnp.where(jnp.isnan(p), jnp.nan, feedback(self.device, known["x_set"], population, p, counts, shots))
+
+
+def _players(network: Network) -> list[_Player]:
+    series = [node_series(d, Settings()) for d in network.nodes] if network.series is None else network.series
+    return [_Player(device, own) for device, own in zip(network.nodes, series, strict=True)]
 
 
 class _Board:
@@ -324,24 +306,29 @@ def _trace(known: dict[str, Array], keep: tuple[str, ...]) -> Trace:
 
 def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array | None, shots, key) -> None:
     """Plays pulse 1 alone (`r` None) or both pulses on the nodes that are `here`, and puts down what came out."""
-    for player, group in zip(players, board.groups, strict=True):
-        if not here[group].any():
-            continue
-        own_x, own_r = (None if a is None else a[..., group] for a in (x_set, r))
-        safe_x, safe_r = (
-            a if a is None or here[group].all() else jnp.where(here[group], a, _SAFE) for a in (own_x, own_r)
-        )
-        if own_r is None:
-            new = {"x_set": own_x} | player.first(safe_x, shots, key)
-        else:
-            new = {"r": own_r} | player.second(safe_x, safe_r, shots, key)
-        board.put(player.place, here[group], new)
+    run = "x" if r is None else "y"
+    concerned = [(g, player, group) for g, (player, group) in enumerate(zip(players, board.groups, strict=True))
+                 if here[group].any()]  # fmt: skip
+    for g, player, group in concerned:
+        own = [None if a is None else a[..., group] for a in (x_set, r)]
+        safe = [a if a is None or here[group].all() else jnp.where(here[group], a, _SAFE) for a in own]
+        set_point = {"x_set": own[0]} if own[1] is None else {"r": own[1]}
+        board.put(g, here[group], set_point | player.play(*safe))
+    if key is not None:
+        # All nodes draw together, each cycle with a key of its own: both forms draw the same.
+        p = board.all(f"p_{run}")
+        draw = lambda k, p: sample_counts(jax.random.fold_in(k, run == "y"), p, shots)
+        counts = draw(key, p) if p.ndim == 1 else jax.vmap(draw)(key, p)
+        for g, _, group in concerned:
+            board.put(g, here[group], {f"n_{run}": counts[..., group]})
+    for g, player, group in concerned:
+        board.put(g, here[group], {f"sent_{run}": player.sent(run, board.values[g], shots)})
 
 
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     n, wiring = network.graph.nodes, network.graph.wiring
-    edges, players = couplings(network.graph), _Player.of(network)
+    edges, players = couplings(network.graph), _players(network)
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = wiring.step_ranks
 
@@ -389,7 +376,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     wiring = network.graph.wiring
-    edges, players = couplings(network.graph), _Player.of(network)
+    edges, players = couplings(network.graph), _players(network)
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]
