@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from twin import graph
 from twin.graph import Graph
+from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor, run
 from twin.network import FIELDS, Encoding, Network, play
@@ -257,3 +259,22 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
 def test_bad_input_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         wrong()
+
+
+@pytest.mark.parametrize("lanes", [N, pytest.param(1, marks=pytest.mark.slow)])
+def test_series_read_in_a_network_are_those_of_the_device(lanes):
+    """The reader of two numbers a run against all levels of `respond`; overlapping pulses, readout errors."""
+    spread = np.linspace(0.97, 1.02, N) if lanes == N else 0.98
+    device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
+                          readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
+    made = network(graph.uncoupled(N), device, sizes=(N,))
+    solved = made.tabulated()
+    trace = play(solved, U, form="scan")
+    (ion,) = made.prepared().nodes
+    respond = eqx.filter_jit(lambda x, r, alone: ion.under(Settings())(x, r, alone=alone))
+    for r, population, p in ((None, "x", "p_x"), (trace.r, "y", "p_y")):
+        response = respond(trace.x_set, jnp.zeros_like(trace.x_set) if r is None else r, r is None)
+        np.testing.assert_allclose(getattr(trace, population), ion.signal(response.populations), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(getattr(trace, p), ion.assigned(response.populations), rtol=0, atol=1e-13)
+    assert np.all(trace.valid)
+    np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)

@@ -66,7 +66,7 @@ def timed(case: Case, quick: bool) -> dict[str, float]:
     steps = max(100, case.steps // 20) if quick else case.steps
     rng = np.random.default_rng(0)
     encoding = Encoding(rng.uniform(0.1, 0.6, (case.nodes, 1)), 0.05)
-    network = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, sizes=(case.nodes,))
+    network = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, sizes=(case.nodes,)).tabulated()
     inputs = rng.uniform(0, 1, (steps, 1))
 
     def once() -> float:
