@@ -34,6 +34,8 @@ FORMS = ("auto", "scan", "parallel")
 FIELDS = ("x_set", "r", "x", "y", "p_x", "p_y", "valid")
 # How far outside [0, 1] the rounding of a weighted sum may carry a command.
 _ROUNDING = 1e-12
+# Nodes from which on a CPU is faster cycle by cycle than all at once, where it streams through memory.
+_MANY = 8
 # Input that stands for one not known yet; its cycle is computed and thrown away.
 _SAFE = 0.5
 
@@ -177,7 +179,7 @@ def play(
 
     Other arguments:
         form: "scan" goes cycle by cycle; "parallel" takes all cycles at once, node after node along the edges; "auto"
-            is parallel where that is possible.
+            is parallel where that is possible and faster: on an accelerator, or for few nodes.
         keep: fields of the trace to write; a long record of a large network may not fit with all of them.
 
     Returns:
@@ -210,7 +212,8 @@ def play(
         network = network.tabulated()  # solved apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
-    if form == "scan" or order is None:
+    many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
+    if form == "scan" or order is None or (form == "auto" and many):
         # The length of a buffer is static, so memories start outside jit, where a known window is known.
         states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
         return _in_sequence(network, states, inputs, shots, key, keep)
