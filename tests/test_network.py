@@ -12,7 +12,7 @@ from twin import graph
 from twin.graph import Graph
 from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor, run
+from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, run
 from twin.network import FIELDS, Encoding, Network, play
 
 STEPS, N = 30, 5
@@ -278,3 +278,11 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
         np.testing.assert_allclose(getattr(trace, p), ion.assigned(response.populations), rtol=0, atol=1e-13)
     assert np.all(trace.valid)
     np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)
+
+
+def test_known_devices_are_laid_inside_jit():
+    """`Automatic` needs known values, which they are when only the edges are differentiated."""
+    device = IonMemristor(memory=MovingAverage(np.linspace(2.0, 4.5, N)), method=Automatic(error=0.05))
+    loss = lambda w: jnp.mean(play(network(graph.ring(N, w), device), U).y)
+    slope = jax.jit(jax.grad(loss))(0.3)
+    assert slope == pytest.approx((loss(0.3001) - loss(0.2999)) / 2e-4, rel=1e-6)

@@ -127,16 +127,21 @@ class Network(eqx.Module):
 
     def prepared(self) -> "Network":
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
-        return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
+        # Known values stay known where the caller differentiates or compiles something else.
+        with jax.ensure_compile_time_eval():
+            return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
 
     def tabulated(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
 
-        Ions without motion and slow noise become `Tabulated`; others pass. Edges and encoding may change afterwards.
+        Ions without motion and slow noise become `Tabulated`; others, and traced ones, pass. Edges, encoding and
+        memories may change afterwards.
         """
         laid = self.prepared()
-        nodes = tuple(Tabulated.of(d, _tabulated(d)) if readable(d) else d for d in laid.nodes)
-        return dataclasses.replace(self, nodes=nodes)
+        with jax.ensure_compile_time_eval():
+            known = (readable(d) and not is_traced(d) for d in laid.nodes)
+            nodes = (Tabulated.of(d, _tabulated(d)) if k else d for d, k in zip(laid.nodes, known, strict=True))
+            return dataclasses.replace(self, nodes=tuple(nodes))
 
 
 class Trace(eqx.Module):
@@ -207,9 +212,7 @@ def play(
     inputs = real_array(inputs)
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
-    network = network.prepared()
-    if not is_traced(network):
-        network = network.tabulated()  # solved apart: a program of its own serves every graph and length
+    network = network.tabulated()  # solved apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
     many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
