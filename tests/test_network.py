@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from twin import graph
 from twin.graph import Graph
+from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor, run
+from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, run
 from twin.network import FIELDS, Encoding, Network, play
 
 STEPS, N = 30, 5
@@ -139,15 +141,6 @@ def test_a_bad_node_spoils_only_what_it_reaches():
         assert np.array_equal(np.asarray(trace.valid[2]), [i not in (1, *reached) for i in range(N)])
 
 
-def test_a_network_tabulated_once_plays_the_same():
-    memory = MovingAverage(jnp.array([3.0, 4.5, 6.0]))
-    ions = IonMemristor(memory=memory, rabi_scale_1=jnp.array([0.97, 1.0, 1.04]), detuning_1_hz=300.0)
-    network = Network((ions,), graph.ring(3, 0.3), Encoding(jnp.array([[0.6], [0.4], [0.5]])))
-    inputs = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (30, 1)))
-    one, other = play(network, inputs), play(network.tabulated(), inputs)
-    np.testing.assert_allclose(other.y, one.y, rtol=0, atol=1e-14)
-
-
 def test_gradients_are_those_of_finite_differences():
     """Ten nodes of both platforms for 200 steps: device parameters, edge weights, inputs' weights and a window."""
     n, steps = 10, 200
@@ -266,3 +259,30 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
 def test_bad_input_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         wrong()
+
+
+@pytest.mark.parametrize("lanes", [N, pytest.param(1, marks=pytest.mark.slow)])
+def test_series_read_in_a_network_are_those_of_the_device(lanes):
+    """The reader of two numbers a run against all levels of `respond`; overlapping pulses, readout errors."""
+    spread = np.linspace(0.97, 1.02, N) if lanes == N else 0.98
+    device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
+                          readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
+    made = network(graph.uncoupled(N), device, sizes=(N,))
+    solved = made.tabulated()
+    trace = play(solved, U, form="scan")
+    (ion,) = made.prepared().nodes
+    respond = eqx.filter_jit(lambda x, r, alone: ion.under(Settings())(x, r, alone=alone))
+    for r, population, p in ((None, "x", "p_x"), (trace.r, "y", "p_y")):
+        response = respond(trace.x_set, jnp.zeros_like(trace.x_set) if r is None else r, r is None)
+        np.testing.assert_allclose(getattr(trace, population), ion.signal(response.populations), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(getattr(trace, p), ion.assigned(response.populations), rtol=0, atol=1e-13)
+    assert np.all(trace.valid)
+    np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)
+
+
+def test_known_devices_are_laid_inside_jit():
+    """`Automatic` needs known values, which they are when only the edges are differentiated."""
+    device = IonMemristor(memory=MovingAverage(np.linspace(2.0, 4.5, N)), method=Automatic(error=0.05))
+    loss = lambda w: jnp.mean(play(network(graph.ring(N, w), device), U).y)
+    slope = jax.jit(jax.grad(loss))(0.3)
+    assert slope == pytest.approx((loss(0.3001) - loss(0.2999)) / 2e-4, rel=1e-6)

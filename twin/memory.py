@@ -111,7 +111,7 @@ class MovingAverage(AbstractMemory):
     def __check_init__(self):
         _require_at_least_one_cycle("window_cycles", self.window_cycles)
         if self.capacity is not None and not isinstance(self.window_cycles, Tracer):
-            needed = int(np.floor(np.max(self.window_cycles))) + 1
+            needed = int(np.floor(np.max(np.asarray(self.window_cycles)))) + 1
             if self.capacity < needed:
                 raise ValueError(
                     f"`capacity` must be at least {needed} cycles for this window, but is {self.capacity}."
@@ -148,7 +148,7 @@ class MovingAverage(AbstractMemory):
                 "Build MovingAverage(window_cycles, capacity=longest window in cycles + 1)."
             )
         else:
-            capacity = int(np.ceil(np.max(self.window_cycles))) + 1
+            capacity = int(np.ceil(np.max(np.asarray(self.window_cycles)))) + 1
         return jnp.zeros((capacity, *shape), self.window_cycles.dtype)
 
     def read(self, state: Float[Array, "capacity *batch"]) -> Float[Array, "*batch"]:

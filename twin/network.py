@@ -26,7 +26,7 @@ from twin.dynamics import StaticGrid
 from twin.graph import Graph
 from twin.loop import SOURCES, AbstractMemristor, Settings, feedback, within_rounding
 from twin.memory import HISTORY, MovingAverage
-from twin.node_series import NodeSeries, node_series
+from twin.node_series import Tabulated, has_series, node_series
 from twin.planning import Automatic, Lindblad, chosen
 from twin.readout import sample_counts
 
@@ -34,6 +34,8 @@ FORMS = ("auto", "scan", "parallel")
 FIELDS = ("x_set", "r", "x", "y", "p_x", "p_y", "valid")
 # How far outside [0, 1] the rounding of a weighted sum may carry a command.
 _ROUNDING = 1e-12
+# Nodes from which on a CPU is faster cycle by cycle than all at once, where it streams through memory.
+_MANY = 8
 # Input that stands for one not known yet; its cycle is computed and thrown away.
 _SAFE = 0.5
 
@@ -59,7 +61,6 @@ class Network(eqx.Module):
         graph: edges between all the nodes.
         encoding: None for inputs that are commands already, one channel a node.
         sizes: nodes of each device, where its parameters do not say; without it one device alone stands for all.
-        series: what `tabulated` found; leave it out.
 
     Raises:
         ValueError: parameters that do not fit the sizes, sizes that do not add up to the nodes of the graph, an
@@ -70,7 +71,6 @@ class Network(eqx.Module):
     graph: Graph
     encoding: Encoding | None = None
     sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    series: tuple[NodeSeries | None, ...] | None = None
 
     def __check_init__(self):
         total = self.graph.nodes
@@ -127,17 +127,21 @@ class Network(eqx.Module):
 
     def prepared(self) -> "Network":
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
-        return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
+        # Known values stay known where the caller differentiates or compiles something else.
+        with jax.ensure_compile_time_eval():
+            return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
 
     def tabulated(self) -> "Network":
-        """The network with the dynamics of its ions solved, for many records; a device changed later is not seen."""
-        network = self.prepared()
-        return dataclasses.replace(network, series=_tabulated(network.nodes))
+        """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
 
-
-@eqx.filter_jit
-def _tabulated(devices: tuple[AbstractMemristor, ...]) -> tuple[NodeSeries | None, ...]:
-    return tuple(node_series(device, Settings()) for device in devices)
+        Ions that `node_series` can stand for become `Tabulated`; others, and traced ones, pass. Edges, encoding and
+        memories may change afterwards.
+        """
+        laid = self.prepared()
+        with jax.ensure_compile_time_eval():
+            known = (has_series(d) and not is_traced(d) for d in laid.nodes)
+            nodes = (_tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True))
+            return dataclasses.replace(self, nodes=tuple(nodes))
 
 
 class Trace(eqx.Module):
@@ -180,7 +184,7 @@ def play(
 
     Other arguments:
         form: "scan" goes cycle by cycle; "parallel" takes all cycles at once, node after node along the edges; "auto"
-            is parallel where that is possible.
+            is parallel where that is possible and faster: on an accelerator, or for few nodes.
         keep: fields of the trace to write; a long record of a large network may not fit with all of them.
 
     Returns:
@@ -208,10 +212,11 @@ def play(
     inputs = real_array(inputs)
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
-    network = network if network.series is not None else network.prepared()
+    network = network.tabulated()  # solved apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
-    if form == "scan" or order is None:
+    many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
+    if form == "scan" or order is None or (form == "auto" and many):
         # The length of a buffer is static, so memories start outside jit, where a known window is known.
         states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
         return _in_sequence(network, states, inputs, shots, key, keep)
@@ -220,6 +225,8 @@ def play(
 
 def _prepared(device: AbstractMemristor) -> AbstractMemristor:
     """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
+    if isinstance(device, Tabulated):
+        return device
     memory = device.memory
     ion = getattr(device, "ion", device)
     # A traced window decides nothing here.
@@ -237,26 +244,34 @@ def _prepared(device: AbstractMemristor) -> AbstractMemristor:
     return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
 
 
+@eqx.filter_jit
+def _tabulated(device: AbstractMemristor) -> AbstractMemristor:
+    series = node_series(device, Settings())
+    return device if series is None else Tabulated.of(device, series)
+
+
 class _Player:
     """One device at its work: what all cycles share is done once."""
 
-    def __init__(self, device: AbstractMemristor, series: NodeSeries | None):
-        self.device, self.series = device, series
-        self.respond = None if series else device.under(Settings())
+    def __init__(self, device: AbstractMemristor):
+        self.device = device
+        # Series that are being differentiated are solved here, others were before.
+        self.series = device.series if isinstance(device, Tabulated) else node_series(device, Settings())
+        self.respond = device.under(Settings()) if self.series is None else None
 
     def play(self, x_set: Array, r: Array | None) -> dict[str, Array]:
         """Pulse 1 alone (`r` None), or both pulses."""
         if self.series is not None:
-            values = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
-            population, p, valid = values
+            *values, valid = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
         else:
             assert self.respond is not None
             response = self.respond(x_set, jnp.zeros_like(x_set) if r is None else r, alone=r is None)
-            population, p = self.device.signal(response.populations), self.device.assigned(response.populations)
+            values = (self.device.signal(response.populations), self.device.assigned(response.populations))
             valid = response.valid
         valid = valid & (x_set >= 0) & (x_set <= 1)
+        population, p = (jnp.where(valid, value, jnp.nan) for value in values)
         names = ("x", "p_x") if r is None else ("y", "p_y")
-        return {names[0]: jnp.where(valid, population, jnp.nan), names[1]: jnp.where(valid, p, jnp.nan), "valid": valid}
+        return {names[0]: population, names[1]: p, "valid": valid}
 
     def sent(self, run: str, known: dict[str, Array], shots) -> Array:
         """What edges and memories see of the run "x" or "y"."""
@@ -264,11 +279,6 @@ class _Player:
         if run == "y" and self.device.source == "command":
             return within_rounding(population)
         return jnp.where(jnp.isnan(p), jnp.nan, feedback(self.device, known["x_set"], population, p, counts, shots))
-
-
-def _players(network: Network) -> list[_Player]:
-    series = [node_series(d, Settings()) for d in network.nodes] if network.series is None else network.series
-    return [_Player(device, own) for device, own in zip(network.nodes, series, strict=True)]
 
 
 class _Board:
@@ -328,7 +338,7 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     n, wiring = network.graph.nodes, network.graph.wiring
-    edges, players = couplings(network.graph), _players(network)
+    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = wiring.step_ranks
 
@@ -376,7 +386,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     wiring = network.graph.wiring
-    edges, players = couplings(network.graph), _players(network)
+    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]

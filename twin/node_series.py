@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 from twin import area_table
 from twin.area_series import AreaSeries
-from twin.loop import AbstractMemristor, Settings
+from twin.loop import AbstractMemristor, Responder, Settings
+from twin.memory import AbstractMemory
 from twin.memristor import IonMemristor
 from twin.trigonometry import transfer_area
 
@@ -75,6 +76,46 @@ class NodeSeries(eqx.Module):
         return _answer(signal, assigned, self.good[1])
 
 
+class Tabulated(AbstractMemristor):
+    """An ion whose series are solved: its parameters do not change any more, and a network plays it at once.
+
+    Args:
+        memory, source: as for every memristor; these may still change.
+        ion: as it was when its series were solved.
+        series: what stands for it.
+    """
+
+    memory: AbstractMemory
+    source: str = eqx.field(static=True)
+    ion: IonMemristor
+    series: NodeSeries
+
+    @classmethod
+    def of(cls, ion: IonMemristor, series: NodeSeries) -> "Tabulated":
+        """The ion with its series, and its memory and source."""
+        return cls(ion.memory, ion.source, ion, series)
+
+    def prepared(self, x_set, settings: Settings) -> "Tabulated":
+        del x_set, settings
+        return self
+
+    def under(self, settings: Settings) -> Responder:
+        return self.ion.under(settings)
+
+    def signal(self, populations) -> Float[Array, "..."]:
+        return self.ion.signal(populations)
+
+    def assigned(self, populations) -> Float[Array, "..."]:
+        return self.ion.assigned(populations)
+
+
+def has_series(device: AbstractMemristor) -> bool:
+    """Whether the device is an ion whose responses are series in the areas, not averaged cycle by cycle."""
+    if not isinstance(device, IonMemristor) or not isinstance(device.method, AreaSeries):
+        return False
+    return device.slow_noise is None and (device.motion is not None or not device.moves)
+
+
 def node_series(device: AbstractMemristor, settings: Settings) -> NodeSeries | None:
     """The polynomials of a prepared device.
 
@@ -82,11 +123,10 @@ def node_series(device: AbstractMemristor, settings: Settings) -> NodeSeries | N
         None for a device that answers in another way: not an ion with series in the areas, averaged over phonon numbers
         cycle by cycle or over noise from shot to shot, or with areas so large that powers lose digits.
     """
-    if not isinstance(device, IonMemristor) or not isinstance(device.method, AreaSeries):
+    if not has_series(device) or settings.of_cycle is not None:
         return None
+    assert isinstance(device, IonMemristor) and isinstance(device.method, AreaSeries)
     folded = device.motion is not None
-    if device.slow_noise is not None or settings.of_cycle is not None or (device.moves and not folded):
-        return None
     largest = device.largest_areas
     table = device.tabulated(settings, largest)
     if folded:
