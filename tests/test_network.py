@@ -9,6 +9,7 @@ import pytest
 
 from twin import graph
 from twin.graph import Graph
+from twin.hysteresis import signed_area
 from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, run
@@ -290,3 +291,14 @@ def test_known_devices_are_laid_inside_jit():
     loss = lambda w: jnp.mean(play(network(graph.ring(N, w), device), U).y)
     slope = jax.jit(jax.grad(loss))(0.3)
     assert float(slope) == pytest.approx(float((loss(0.3001) - loss(0.2999)) / 2e-4), rel=1e-6)
+
+
+def test_shared_memories_turn_areas_by_the_phase_of_the_neighbours():
+    """Inputs that lag node by node by a tenth of a period: the neighbours' mean is shorter by cos(2 pi / 10)."""
+    cycles, nodes, window = 40, 10, 10.0
+    x = np.sin(np.pi * np.arange(3 * cycles)[:, None] / cycles - np.pi * np.arange(nodes) / 10) ** 2
+    device = PhotonicMemristor(memory=MovingAverage(np.full(nodes, window)), source="model")
+    for own in (1.0, 0.5, 0.0):
+        trace = play(Network((device,), graph.shared_memory(nodes, own, (1 - own) / 2)), x)
+        areas = jax.vmap(signed_area, in_axes=1)(trace.x[2 * cycles :], trace.y[2 * cycles :])
+        np.testing.assert_allclose(areas, 0.2680153507 * (own + (1 - own) * np.cos(np.pi / 5)), rtol=1e-9)
