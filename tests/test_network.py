@@ -12,7 +12,7 @@ from twin.graph import Graph
 from twin.hysteresis import signed_area
 from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, run
+from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, planned, run
 from twin.network import FIELDS, Encoding, Network, play
 
 STEPS, N = 30, 5
@@ -254,6 +254,7 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: play(network(graph.ring(N)), U, form="fast"), "`form` must be one of"),
         (lambda: play(network(graph.ring(N)), U, form="parallel"), "use form 'scan'"),
         (lambda: play(network(graph.ring(N)), U, keep=("z",)), "`keep` may name"),
+        (lambda: play(network(graph.ring(N)), U, checkpoint_cycles=0), "`checkpoint_cycles` must be at least 1"),
     ],
 )
 def test_bad_input_is_refused(wrong, says):
@@ -283,6 +284,36 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
         np.testing.assert_allclose(getattr(trace, name), expected, rtol=0, atol=1e-13, err_msg=name)
     assert np.all(trace.valid)
     np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)
+
+
+def test_checkpoints_change_no_number():
+    edges = graph.ring(N, 0.3)
+    loss = lambda w, every: jnp.sum(
+        play(network(Graph(edges.wiring, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
+    )
+    plain, stored = (jax.value_and_grad(loss)(0.9, every) for every in (None, 7))
+    np.testing.assert_allclose(stored, plain, rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_gradients_through_the_full_dynamics():
+    """A traced Rabi scale, of a device planned for its box, and a traced window of a known device."""
+    device = IonMemristor(memory=MovingAverage(2.5, capacity=8), detuning_2_hz=800.0)
+    laid = planned(device, {"rabi_scale_1": (0.9, 1.1)}, solves=1e6)
+
+    def loss(v):
+        devices = (
+            dataclasses.replace(laid, rabi_scale_1=v["rabi"] + jnp.zeros(2)),
+            dataclasses.replace(device, memory=MovingAverage(v["window"] + jnp.zeros(3), capacity=8)),
+        )
+        return jnp.sum(play(Network(devices, graph.ring(N, 0.3), Encoding(W_IN, 0.1)), U).y)
+
+    at = {"rabi": jnp.asarray(0.98), "window": jnp.asarray(3.4)}
+    value, slopes = jax.jit(loss), jax.jit(jax.grad(loss))(at)
+    for name in at:
+        step = lambda k, name=name: value(at | {name: at[name] + 1e-4 * k})
+        numeric = (8 * (step(1) - step(-1)) - (step(2) - step(-2))) / (12 * 1e-4)
+        np.testing.assert_allclose(slopes[name], numeric, rtol=1e-6, err_msg=name)
 
 
 def test_known_devices_are_laid_inside_jit():

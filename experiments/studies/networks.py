@@ -81,7 +81,7 @@ def timed(case: Case, quick: bool) -> dict[str, float]:
 
     first = once()
     seconds = min(once() for _ in range(1 if quick else 3))
-    return {"compile_s": first - seconds, "seconds": seconds, "rate": case.nodes * steps / seconds}
+    return {"compile_s": max(0.0, first - seconds), "seconds": seconds, "rate": case.nodes * steps / seconds}
 
 
 def main() -> None:
