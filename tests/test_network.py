@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,10 @@ import pytest
 
 from twin import graph
 from twin.graph import Graph
+from twin.hysteresis import signed_area
 from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, run
+from twin.memristor import Automatic, ClosedForm, IonMemristor, PhotonicMemristor, planned, run
 from twin.network import FIELDS, Encoding, Network, play
 
 STEPS, N = 30, 5
@@ -254,6 +254,7 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: play(network(graph.ring(N)), U, form="fast"), "`form` must be one of"),
         (lambda: play(network(graph.ring(N)), U, form="parallel"), "use form 'scan'"),
         (lambda: play(network(graph.ring(N)), U, keep=("z",)), "`keep` may name"),
+        (lambda: play(network(graph.ring(N)), U, checkpoint_cycles=0), "`checkpoint_cycles` must be at least 1"),
     ],
 )
 def test_bad_input_is_refused(wrong, says):
@@ -271,13 +272,48 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
     solved = made.tabulated()
     trace = play(solved, U, form="scan")
     (ion,) = made.prepared().nodes
-    respond = eqx.filter_jit(lambda x, r, alone: ion.under(Settings())(x, r, alone=alone))
-    for r, population, p in ((None, "x", "p_x"), (trace.r, "y", "p_y")):
-        response = respond(trace.x_set, jnp.zeros_like(trace.x_set) if r is None else r, r is None)
-        np.testing.assert_allclose(getattr(trace, population), ion.signal(response.populations), rtol=0, atol=1e-13)
-        np.testing.assert_allclose(getattr(trace, p), ion.assigned(response.populations), rtol=0, atol=1e-13)
+
+    @jax.jit
+    def both(x, r):
+        respond = ion.under(Settings())
+        return [
+            f(respond(x, r, alone=alone).populations) for alone in (True, False) for f in (ion.signal, ion.assigned)
+        ]
+
+    for name, expected in zip(("x", "p_x", "y", "p_y"), both(trace.x_set, trace.r), strict=True):
+        np.testing.assert_allclose(getattr(trace, name), expected, rtol=0, atol=1e-13, err_msg=name)
     assert np.all(trace.valid)
     np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)
+
+
+def test_checkpoints_change_no_number():
+    edges = graph.ring(N, 0.3)
+    loss = lambda w, every: jnp.sum(
+        play(network(Graph(edges.wiring, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
+    )
+    plain, stored = (jax.value_and_grad(loss)(0.9, every) for every in (None, 7))
+    np.testing.assert_allclose(stored, plain, rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_gradients_through_the_full_dynamics():
+    """A traced Rabi scale, of a device planned for its box, and a traced window of a known device."""
+    device = IonMemristor(memory=MovingAverage(2.5, capacity=8), detuning_2_hz=800.0)
+    laid = planned(device, {"rabi_scale_1": (0.9, 1.1)}, solves=1e6)
+
+    def loss(v):
+        devices = (
+            dataclasses.replace(laid, rabi_scale_1=v["rabi"] + jnp.zeros(2)),
+            dataclasses.replace(device, memory=MovingAverage(v["window"] + jnp.zeros(3), capacity=8)),
+        )
+        return jnp.sum(play(Network(devices, graph.ring(N, 0.3), Encoding(W_IN, 0.1)), U).y)
+
+    at = {"rabi": jnp.asarray(0.98), "window": jnp.asarray(3.4)}
+    value, slopes = jax.jit(loss), jax.jit(jax.grad(loss))(at)
+    for name in at:
+        step = lambda k, name=name: value(at | {name: at[name] + 1e-4 * k})
+        numeric = (8 * (step(1) - step(-1)) - (step(2) - step(-2))) / (12 * 1e-4)
+        np.testing.assert_allclose(slopes[name], numeric, rtol=1e-6, err_msg=name)
 
 
 def test_known_devices_are_laid_inside_jit():
@@ -285,4 +321,15 @@ def test_known_devices_are_laid_inside_jit():
     device = IonMemristor(memory=MovingAverage(np.linspace(2.0, 4.5, N)), method=Automatic(error=0.05))
     loss = lambda w: jnp.mean(play(network(graph.ring(N, w), device), U).y)
     slope = jax.jit(jax.grad(loss))(0.3)
-    assert slope == pytest.approx((loss(0.3001) - loss(0.2999)) / 2e-4, rel=1e-6)
+    assert float(slope) == pytest.approx(float((loss(0.3001) - loss(0.2999)) / 2e-4), rel=1e-6)
+
+
+def test_shared_memories_turn_areas_by_the_phase_of_the_neighbours():
+    """Inputs that lag node by node by a tenth of a period: the neighbours' mean is shorter by cos(2 pi / 10)."""
+    cycles, nodes, window = 40, 10, 10.0
+    x = np.sin(np.pi * np.arange(3 * cycles)[:, None] / cycles - np.pi * np.arange(nodes) / 10) ** 2
+    device = PhotonicMemristor(memory=MovingAverage(np.full(nodes, window)), source="model")
+    for own in (1.0, 0.5, 0.0):
+        trace = play(Network((device,), graph.shared_memory(nodes, own, (1 - own) / 2)), x)
+        areas = jax.vmap(signed_area, in_axes=1)(trace.x[2 * cycles :], trace.y[2 * cycles :])
+        np.testing.assert_allclose(areas, 0.2680153507 * (own + (1 - own) * np.cos(np.pi / 5)), rtol=1e-9)

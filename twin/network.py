@@ -174,6 +174,7 @@ def play(
     key: PRNGKeyArray | None = None,
     form: str = "auto",
     keep: Sequence[str] = FIELDS,
+    checkpoint_cycles: int | None = None,
 ) -> Trace:
     """All cycles of a network.
 
@@ -186,6 +187,8 @@ def play(
         form: "scan" goes cycle by cycle; "parallel" takes all cycles at once, node after node along the edges; "auto"
             is parallel where that is possible and faster: on an accelerator, or for few nodes.
         keep: fields of the trace to write; a long record of a large network may not fit with all of them.
+        checkpoint_cycles: of a scan, for reverse-mode derivatives of long records: states are stored once in so many
+            cycles, and what lies between is computed again. None stores every cycle.
 
     Returns:
         A `Trace`. What a node sends is what a controller sees: by the device's source counts over shots or their
@@ -203,6 +206,8 @@ def play(
         raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
+    if checkpoint_cycles is not None and checkpoint_cycles < 1:
+        raise ValueError(f"`checkpoint_cycles` must be at least 1, but is {checkpoint_cycles}; None stores all cycles.")
     unknown = [name for name in keep if name not in FIELDS]
     if unknown:
         raise ValueError(f"`keep` may name {FIELDS}, but has {unknown[0]!r}.")
@@ -219,7 +224,7 @@ def play(
     if form == "scan" or order is None or (form == "auto" and many):
         # The length of a buffer is static, so memories start outside jit, where a known window is known.
         states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
-        return _in_sequence(network, states, inputs, shots, key, keep)
+        return _in_sequence(network, states, inputs, shots, key, keep, checkpoint_cycles)
     return _all_at_once(network, inputs, shots, key, keep)
 
 
@@ -336,7 +341,7 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 
 
 @eqx.filter_jit
-def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
+def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
     n, wiring = network.graph.nodes, network.graph.wiring
     edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
@@ -379,8 +384,21 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 
     drive = network.commands(inputs)
     keys = None if key is None else jax.random.split(key, drive.shape[0])
-    _, known = jax.lax.scan(cycle, (states, past), (drive, keys))
-    return _trace(known, keep)
+    return _trace(_scanned(cycle, (states, past), (drive, keys), stretch), keep)
+
+
+def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
+    """What a scan writes, its states stored every `stretch` cycles for derivatives."""
+    if stretch is None:
+        return jax.lax.scan(cycle, start, rows)[1]
+    steps = rows[0].shape[0]
+    whole = steps // stretch * stretch
+    many = jax.checkpoint(lambda carry, now: jax.lax.scan(cycle, carry, now))
+    cut = jax.tree.map(lambda a: a[:whole].reshape(whole // stretch, stretch, *a.shape[1:]), rows)
+    carry, known = jax.lax.scan(many, start, cut)
+    _, rest = jax.lax.scan(cycle, carry, jax.tree.map(lambda a: a[whole:], rows))
+    side_by_side = lambda a, b: jnp.concatenate([a.reshape(whole, *a.shape[2:]), b])
+    return jax.tree.map(side_by_side, known, rest)
 
 
 @eqx.filter_jit
