@@ -5,7 +5,8 @@ A state is its correlations with the Pauli matrices, real for every density matr
     t_ij = Tr( rho sigma_i (x) sigma_j ),    rho = 1/4 sum_ij t_ij sigma_i (x) sigma_j,    i, j in I, X, Y, Z
 
 Each qubit has |0> = v and |1> = s, so that sigma_z = +1 in v; the first index is node A. t_II is the trace, less than
-one where population has leaked; measures are those of the matrix as it is, and scale with the trace. Batch axes come last.
+one where population has leaked; measures are those of the matrix as it is, and scale with the trace.
+Batch axes come last.
 """
 
 import jax
