@@ -157,7 +157,7 @@ def test_density_matrix_of_seven_levels_against_qutip():
 
 
 def all_lines(star, areas, sigma_s=SIGMA_S):
-    """Final populations of six levels with the light of every pulse on all five lines: Schrödinger's equation as it is."""
+    """Final populations of six levels with the light of every pulse on all five lines, as it is."""
     beam, spacing = np.asarray(star.beam), 2 * np.pi * ZEEMAN_HZ_PER_TESLA * float(star.field_tesla)
     separation_s = float(star.separation_s)
 
