@@ -42,7 +42,14 @@ $(QOC)/.ready: Makefile
 	$(QOC)/bin/python -m pip install --quiet --disable-pip-version-check 'qutip-qoc==0.2.0' 'qutip-jax==0.1.1' 'qutip>=5.1,<6' 'numpy>=1.26,<2' 'jax>=0.5,<0.6'
 	@touch $@
 
-bench: $(BENCH)/.ready $(QOC)/.ready
+# MerLin brings torch, several GB where it brings CUDA along: a process of B10 runs there.
+MERLIN := .venv-merlin
+$(MERLIN)/.ready: Makefile
+	"$(PYTHON)" -m venv --clear $(MERLIN)
+	$(MERLIN)/bin/python -m pip install --quiet --disable-pip-version-check 'merlinquantum>=0.4,<0.5'
+	@touch $@
+
+bench: $(BENCH)/.ready $(QOC)/.ready $(MERLIN)/.ready
 	$(BENCH)/bin/python -m experiments.benchmarks
 
 bench-quick: $(BENCH)/.ready
@@ -54,4 +61,4 @@ lint: $(READY)
 	$(BIN)/ty check
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(QOC) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(QOC) $(MERLIN) runs .pytest_cache .ruff_cache

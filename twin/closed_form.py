@@ -19,7 +19,7 @@ from jax.scipy.special import erfc
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float, Real
 
-from twin.trigonometry import cos_sin
+from twin.trigonometry import cos_sin, transfer_area
 
 Start = Literal["v", "s"]
 Input = Real[ArrayLike, "*#batch"]
@@ -77,9 +77,7 @@ def set_area(x: Real[ArrayLike, "*batch"]) -> Float[Array, "*batch"]:
     Returns:
         Area in rad, shape of x; NaN for x outside [0, 1].
     """
-    x = jnp.asarray(x, float)
-    # The angle of the point (sqrt(1-x), sqrt(x)); unlike asin(sqrt x) it keeps the digits of pi - theta near x = 1.
-    return 2 * jnp.arctan2(flat_root(x), flat_root(1 - x))
+    return transfer_area(jnp.asarray(x, float))
 
 
 def separated_amplitudes(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from experiments.benchmarks import loops, spin_motion, steering, trajectories
+from experiments.benchmarks import loops, networks, spin_motion, steering, trajectories
 
 WORKS = {
     "B1": trajectories.batch,
@@ -18,11 +18,12 @@ WORKS = {
     "B7": trajectories.floor,
     "B8": steering.transfer,
     "B9": spin_motion.solves,
+    "B10": networks.throughput,
     "loop": trajectories.loop,
 }
-# B4 and B9 take minutes whatever their size, B5 and B8 start processes of their own; the loop
+# B4 and B9 take minutes whatever their size, B5, B8 and B10 start processes of their own; the loop
 # was decided once.
-_NOT_QUICK = ("B4", "B5", "B8", "B9", "loop")
+_NOT_QUICK = ("B4", "B5", "B8", "B9", "B10", "loop")
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 _FOLDER = Path(__file__).parent
 _README = _FOLDER.parent.parent / "README.md"
