@@ -173,6 +173,38 @@ _REASONS = (
         )
         for which in ("dark", "bright")
     ),
+    *(
+        _Reason(
+            frozenset(pair),
+            "thin the same counts: only a product of what passes is seen",
+            "fix one, or take the efficiency from a source of known rate",
+        )
+        for pair in (("efficiency", "loss_input"), ("efficiency", "loss"), ("loss_input", "loss"))
+    ),
+    *(
+        _Reason(
+            frozenset({f"visibility_{k}", f"phase_noise_{k}_rad"}),
+            "enter counts only as the contrast V exp(-sigma^2/2)",
+            "fix one; a contrast measured faster than the phase moves is the visibility alone",
+        )
+        for k in (1, 2)
+    ),
+    *(
+        _Reason(
+            frozenset({f"phase_scale_{k}", f"phase_offset_{k}_rad"}),
+            "both move the phase: over a narrow range of commands one does what the other does",
+            "fix one, or let the commands of that stage reach from 0 to 1",
+        )
+        for k in (1, 2)
+    ),
+    *(
+        _Reason(
+            frozenset({"dark_counts", f"visibility_{k}"}),
+            "both lift the smallest count rate",
+            "fix one, or count clicks with the source blocked",
+        )
+        for k in (1, 2)
+    ),
 )
 
 

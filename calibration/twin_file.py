@@ -32,7 +32,7 @@ from twin.phonons import Motion
 from twin.planning import Automatic, ClosedForm, Lindblad
 from twin.slow_noise import SlowNoise
 
-SCHEMA, VERSION = "ion-memristor-twin", 2
+SCHEMA, VERSION = "ion-memristor-twin", 3
 FILE, POSTERIOR = "twin.json", "twin_posterior.nc"
 FROZEN_TOLERANCE = 1e-5
 """Largest change of a frozen population that a new code may make without a word."""
@@ -93,7 +93,7 @@ class Document(_Table):
     """The file, at the version that is written today."""
 
     schema_name: Literal["ion-memristor-twin"] = Field(SCHEMA, alias="schema")
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     device: dict[str, Any]
     parameters: Parameters
     posterior: str | None = None
@@ -263,7 +263,22 @@ def _first_to_second(old: dict[str, Any]) -> dict[str, Any]:
     return {**new, "version": 2, "posterior": None}
 
 
-_UPGRADES = {1: _first_to_second}
+def _second_to_third(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 gave photonic detectors the readout errors of an ion; now they have efficiency and dark counts."""
+    device = dict(old["device"])
+    if device.get("kind") != "PhotonicMemristor":
+        return {**old, "version": 3}
+    if any(name.startswith("readout_error") for name in old["parameters"]["names"]):
+        raise ValueError("an efficiency and dark counts that were calibrated as such")
+    dark = device.pop("readout_error_bright")
+    clicks = 1 - device.pop("readout_error_dark")
+    if clicks < dark:
+        raise ValueError("a detector that clicks more often with a photon than without")
+    efficiency = (clicks - dark) / (1 - dark) if dark < 1 else 1.0
+    return {**old, "version": 3, "device": device | {"efficiency": efficiency, "dark_counts": dark}}
+
+
+_UPGRADES = {1: _first_to_second, 2: _second_to_third}
 
 
 def upgraded(document: Any, name: str = "twin") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from calibration.data import LoopTable
 from calibration.hardware import Hardware
 from experiments.schema import Config
+from experiments.schema_device import PHOTONIC
 from experiments.trapped import moving_in_trap, register_from
 from twin.loop import AbstractMemristor, sine_input
 from twin.memory import AbstractMemory, Exponential, MovingAverage
@@ -129,13 +130,7 @@ def device_from(config: Config) -> AbstractMemristor:
     table = config.device
     memory, source = memory_from(config), config.memory.source
     if table.platform == "photonic":
-        return PhotonicMemristor(
-            memory=memory,
-            source=source,
-            loss=table.loss,
-            readout_error_bright=table.readout_error_bright,
-            readout_error_dark=table.readout_error_dark,
-        )
+        return PhotonicMemristor(memory=memory, source=source, **{name: getattr(table, name) for name in PHOTONIC})
     methods = {
         "auto": lambda: Automatic(table.error),
         "closed_form": ClosedForm,

@@ -25,10 +25,11 @@ from experiments.progress import search_progress, work_progress
 from experiments.provenance import Stopwatch, hashes_of, provenance, versions
 from experiments.records import RunFolder
 from experiments.schema import Config, Uncertainty
+from experiments.schema_device import PHOTONIC
 from twin.loop import AbstractMemristor
 from twin.register import Register
 
-# Parameters of the device that are reported as fixed where they are not free.
+# Parameters of the ion that are reported as fixed where they are not free.
 _FIXED = (
     *("rabi_scale_1", "rabi_scale_2", "detuning_1_hz", "detuning_2_hz"),
     *("laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz", "n_bar", "eta_1", "eta_2"),
@@ -234,11 +235,9 @@ def _parameters(config: Config, found: FitResult) -> dict[str, Any]:
                 places = [name] if values.ndim == 0 else [f"{name}@{ion}" for ion in ions]
                 rows |= {place: _fixed(name, float(v)) for place, v in zip(places, values.ravel(), strict=True)}
         return rows
-    for name in _FIXED:
+    for name in PHOTONIC if config.device.platform == "photonic" else _FIXED:
         value = getattr(config.device, name)
-        if value is None or name in free:
-            continue
-        if config.device.platform == "ion" or name.startswith("readout"):
+        if value is not None and name not in free:
             rows[name] = _fixed(name, value)
     return rows
 

@@ -20,6 +20,7 @@ from experiments.schema_device import (
     Device,
     Memory,
     Table,
+    foreign,
     from_list,
     named,
     number,
@@ -303,15 +304,8 @@ class Config(Table):
 
     def _unusable(self, name: str) -> str:
         """Why a parameter has no meaning for this device; empty when it has one."""
-        photonic = self.device.platform == "photonic"
-        if photonic and name not in (
-            "readout_error_bright",
-            "readout_error_dark",
-            "window_cycles",
-            "overdispersion",
-            "outlier_share",
-        ):
-            return "has no meaning for device.platform = 'photonic'; remove it"
+        if reason := foreign(name, self.device.platform):
+            return reason
         if name.startswith("crosstalk") and not self.register_of:
             return "belongs to a register; add [chain] with memristors = 'all'"
         if name in ("eta_1", "eta_2") and self.trap is not None:

@@ -25,6 +25,25 @@ TUNING = 1e7  # Hz; far beyond it neither line is addressed
 _TIME = (1e-8, 0.01)  # s; pulse widths from a few optical-modulator rise times to a fraction of the D3/2 lifetime
 
 
+PHOTONIC = (
+    *("phase_scale_1", "phase_scale_2", "phase_offset_1_rad", "phase_offset_2_rad"),
+    *("visibility_1", "visibility_2", "phase_noise_1_rad", "phase_noise_2_rad"),
+    *("loss_input", "loss", "efficiency", "dark_counts"),
+)
+"""Parameters of the photonic platform."""
+_OF_BOTH = ("platform", "engine", "error", "window_cycles", "overdispersion", "outlier_share")
+
+
+def foreign(name: str, platform: str) -> str:
+    """Why a key of [device] or a free parameter is not one of this platform; empty when it is."""
+    if name in _OF_BOTH or (name in PHOTONIC) == (platform == "photonic"):
+        return ""
+    reason = f"has no meaning for platform = '{platform}'"
+    if platform == "photonic" and name.startswith("readout_error"):
+        return f"{reason}, whose detectors have efficiency and dark_counts; give these"
+    return f"{reason}; remove it"
+
+
 class Device(Table):
     """The memristor as the laboratory set it up; defaults are the 171Yb+ device of the demo."""
 
@@ -72,7 +91,18 @@ class Device(Table):
     detuning_correlation: float = number(0.0, -1.0, 1.0, "", "correlation of both: 1 for one laser")
     readout_error_bright: float = number(0.0, 0.0, 0.5, "", "probability that a bright ion is read dark")
     readout_error_dark: float = number(0.0, 0.0, 0.5, "", "probability that a dark ion is read bright")
-    loss: float = number(0.0, 0.0, 1.0, "", "fraction of photons lost (photonic platform only)")
+    phase_scale_1: float = number(1.0, 0.0, 10.0, "", "actual over nominal phase of stage 1 (photonic, as all below)")
+    phase_scale_2: float = number(1.0, 0.0, 10.0, "", "actual over nominal phase of stage 2")
+    phase_offset_1_rad: float = number(0.0, -math.pi, math.pi, "rad", "added to the phase of stage 1")
+    phase_offset_2_rad: float = number(0.0, -math.pi, math.pi, "rad", "added to the phase of stage 2")
+    visibility_1: float = number(1.0, 0.0, 1.0, "", "interference visibility of stage 1")
+    visibility_2: float = number(1.0, 0.0, 1.0, "", "interference visibility of stage 2")
+    phase_noise_1_rad: float = number(0.0, 0.0, math.pi, "rad", "std of the phase of stage 1 from shot to shot")
+    phase_noise_2_rad: float = number(0.0, 0.0, math.pi, "rad", "std of the phase of stage 2 from shot to shot")
+    loss_input: float = number(0.0, 0.0, 1.0, "", "fraction of photons lost between the stages")
+    loss: float = number(0.0, 0.0, 1.0, "", "fraction of photons lost between stage 2 and the output detector")
+    efficiency: float = number(1.0, 0.0, 1.0, "", "probability that a photon makes the detector click")
+    dark_counts: float = number(0.0, 0.0, 0.5, "", "probability of a click without a photon, per shot")
 
     @model_validator(mode="before")
     @classmethod
@@ -92,12 +122,10 @@ class Device(Table):
             if None in two:
                 missing = f"laser_linewidth_{two.index(None) + 1}_hz"
                 raise Refusal(missing, "is missing; two sources need both linewidths, one source laser_linewidth_hz")
-        photonic = ("platform", "engine", "error", "readout_error_bright", "readout_error_dark", "loss")
-        elsewhere = set(Device.model_fields) - set(photonic) if self.platform == "photonic" else {"loss"}
         default = Device.model_construct(laser_linewidth_hz=0.0)
         for key in Device.model_fields:
-            if key in elsewhere and getattr(self, key) != getattr(default, key):
-                raise Refusal(key, f"has no meaning for platform = '{self.platform}'; remove it")
+            if getattr(self, key) != getattr(default, key) and (reason := foreign(key, self.platform)):
+                raise Refusal(key, reason)
         if self.scheme != "ladder" and self.m_lifetime_s != math.inf:
             reason = f"is {self.m_lifetime_s:g}, but only the top level of scheme = 'ladder' decays from m; remove it"
             raise Refusal("m_lifetime_s", reason)
@@ -190,12 +218,13 @@ _FREE_DEVICE = (
     *("eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s"),
     *("stark_1_hz", "stark_2_hz"),
     *("amplitude_noise_1", "amplitude_noise_2", "detuning_noise_1_hz", "detuning_noise_2_hz"),
+    *PHOTONIC,
 )
 PARAMETERS: dict[str, Allowed] = {
     **{name: allowed_range(Device.model_fields[name]) for name in _FREE_DEVICE},
     "window_cycles": allowed_range(Memory.model_fields["window_cycles"]),
 }
-"""Parameters of the ion memristor that a fit may free and a sweep may vary, with their ranges."""
+"""Parameters of either platform that a fit may free and a sweep may vary, with their ranges."""
 
 FREE: dict[str, Allowed] = {
     **PARAMETERS,

@@ -120,6 +120,10 @@ REFUSED = [  # document, parts of the message
     ({"device": {"colour": "blue"}}, ["device.colour", "keys are platform"]),
     ({"device": 3}, ["device is 3", "a table"]),
     ({"device": {"loss": 0.1}}, ["device.loss", "platform = 'ion'"]),
+    ({"device": {"visibility_2": 0.9}}, ["device.visibility_2", "platform = 'ion'"]),
+    ({"device": {"platform": "photonic", "visibility_2": 1.1}}, ["device.visibility_2 is 1.1", "between 0 and 1"]),
+    ({"device": {"platform": "photonic", "readout_error_dark": 0.1}},
+     ["device.readout_error_dark", "platform = 'photonic'", "efficiency and dark_counts"]),
     ({"device": {"platform": "photonic", "sigma_1_s": 1e-5}}, ["device.sigma_1_s", "platform = 'photonic'"]),
     ({"devise": {}}, ["devise", "did you mean device?"]),
     ({"sigma_1_s": 1e-5}, ["sigma_1_s", "belongs in [device]"]),
@@ -151,6 +155,10 @@ REFUSED = [  # document, parts of the message
     ({"fit": {"free": BOX, "starts": 1.5}}, ["fit.starts is 1.5", "an integer between 1 and"]),
     ({"fit": {"free": BOX, "seed": -1}}, ["fit.seed is -1", "an integer between 0 and"]),
     ({"device": {"platform": "photonic"}, "fit": {"free": BOX}}, ["fit.free.rabi_scale_1", "photonic"]),
+    ({"device": {"platform": "photonic"}, "fit": {"free": {"readout_error_dark": [0, 0.1]}}},
+     ["fit.free.readout_error_dark", "photonic", "efficiency and dark_counts"]),
+    ({"fit": {"free": {"efficiency": [0.5, 1]}}}, ["fit.free.efficiency", "platform = 'ion'"]),
+    ({"sweep": {"parameters": {"phase_scale_1": [0.5, 1]}}}, ["sweep.parameters.phase_scale_1", "platform = 'ion'"]),
     ({"device": {"laser_linewidth_1_hz": 1, "laser_linewidth_2_hz": 1},
       "fit": {"free": {"laser_linewidth_hz": [0, 9]}}},
      ["fit.free.laser_linewidth_hz", "one source", "two"]),
@@ -378,6 +386,8 @@ def test_parameters_and_commands_are_the_promised_names():
         *("eta_1", "eta_2", "lifetime_s", "branching", "lead_s", "tail_s"),
         *("laser_linewidth_1_hz", "laser_linewidth_2_hz", "stark_1_hz", "stark_2_hz"),
         *("amplitude_noise_1", "amplitude_noise_2", "detuning_noise_1_hz", "detuning_noise_2_hz"),
+        *("phase_scale_1", "phase_scale_2", "phase_offset_1_rad", "phase_offset_2_rad", "visibility_1", "visibility_2"),
+        *("phase_noise_1_rad", "phase_noise_2_rad", "loss_input", "loss", "efficiency", "dark_counts"),
     }
     assert all(math.isfinite(low) and math.isfinite(high) and low < high for low, high, _ in PARAMETERS.values())
     assert {"amplitude_1", "amplitude_2", "separation_s"} < set(COMMANDS)

@@ -181,9 +181,9 @@ def test_values_with_errors_are_fitted_as_well():
 
 
 def test_the_photonic_memristor_is_fitted_through_the_same_door():
-    truth = PhotonicMemristor(MovingAverage(5.0), loss=0.12, readout_error_bright=0.02, readout_error_dark=0.03)
+    truth = PhotonicMemristor(MovingAverage(5.0), loss=0.12, efficiency=0.9, dark_counts=0.02)
     table = synthesize(truth, SETTINGS, jax.random.key(0))
-    boxes = {"loss": (0.0, 0.4), **tables.READOUT}
+    boxes = {"loss": (0.0, 0.4), "efficiency": (0.5, 1.0), "dark_counts": (0.0, 0.05)}
     result = fit(PhotonicMemristor(MovingAverage(5.0)), table, boxes, starts=2)
     assert result.converged
     for name in boxes:

@@ -128,7 +128,7 @@ def test_run_equals_stream(platform, source):
     if platform == "ion":
         device = IonMemristor(memory=memory, method=ClosedForm(), rabi_scale_1=0.93, **errors)
     else:
-        device = PhotonicMemristor(memory=memory, loss=0.1, **errors)
+        device = PhotonicMemristor(memory=memory, loss=0.1, efficiency=0.98, dark_counts=0.01, source=source)
     x = sine_input(periods=2, cycles_per_period=12)
     at_once, one_by_one = run(device, x), stream(device, x)
     for name in ("x", "y", "r", "p_x", "p_y", "coherence", "purity", "populations_1", "populations_2"):

@@ -19,7 +19,7 @@ from experiments import simulate
 from experiments.build import device_from, memory_from, settings_table
 from experiments.config import Config, parse_config
 from experiments.records import Run, RunFolder
-from experiments.schema_device import Device
+from experiments.schema_device import PHOTONIC, Device
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad, PhotonicMemristor
 
@@ -51,7 +51,8 @@ def test_the_engine_is_the_method(engine, method):
 
 
 def test_every_number_of_the_device_table_reaches_the_device():
-    table = {name: 0.3 for name in Device.model_fields if name not in ("platform", "engine", "scheme", "loss", "error")}
+    others = ("platform", "engine", "scheme", "error", *PHOTONIC)
+    table = {name: 0.3 for name in Device.model_fields if name not in others}
     table |= {name: 1e-4 for name in table if name.endswith("_s")}
     table |= {name: 7.0 for name in table if name.endswith("_hz") and name != "laser_linewidth_hz"}
     table |= {name: 0.1 for name in table if name.startswith("amplitude_noise")}
@@ -81,10 +82,17 @@ def test_a_moving_ion_is_averaged_over_phonons(tables, nodes):
     assert device.phonon_nodes == nodes
 
 
+def test_every_number_of_a_chip_reaches_the_device():
+    numbers = {name: 0.3 + k / 100 for k, name in enumerate(PHOTONIC)}
+    device = device_from(config(platform="photonic", **numbers))
+    assert {name: float(value_of(device, name)) for name in numbers} == numbers
+    assert {f.name for f in dataclasses.fields(device)} == {"memory", "source", *PHOTONIC}
+
+
 def test_the_photonic_platform_and_the_kernels():
-    device = device_from(parse_config({"device": {"platform": "photonic", "loss": 0.1, "readout_error_dark": 0.02}}))
+    device = device_from(parse_config({"device": {"platform": "photonic", "loss": 0.1, "efficiency": 0.9}}))
     assert isinstance(device, PhotonicMemristor)
-    assert (float(device.loss), float(device.readout_error_dark)) == (0.1, 0.02)
+    assert (float(device.loss), float(device.efficiency)) == (0.1, 0.9)
     exponential = parse_config({"memory": {"kernel": "exponential", "window_cycles": 4.0}})
     assert isinstance(memory_from(exponential), Exponential)
     assert float(value_of(device_from(exponential), "window_cycles")) == 4.0

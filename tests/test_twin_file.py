@@ -1,5 +1,6 @@
 """The twin as a file: what it keeps, which versions it reads, what it predicts, and how two of them compare."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     ids=["lindblad", "exponential", "photonic", "moving"],
 )
 def test_devices_survive(device, tmp_path):
-    name = "readout_error_dark"
+    name = "dark_counts" if isinstance(device, PhotonicMemristor) else "readout_error_dark"
     saved = twin_file.make(device, [name], np.array([0.01]), np.array([[1e-6]]), {name: (0.0, 0.05)}, [recorded(0)])
     twin_file.save(tmp_path, saved)
     loaded = twin_file.load(tmp_path)
@@ -108,12 +109,33 @@ def test_devices_survive(device, tmp_path):
 def test_version_1_still_loads():
     loaded = twin_file.load(SAMPLE)
     assert json.loads(SAMPLE.read_text())["version"] == 1
-    assert loaded.document.version == 2
+    assert loaded.document.version == 3
     assert loaded.draws is None
     assert loaded.warnings == ()
     np.testing.assert_allclose(loaded.mean, TRUTH)
     np.testing.assert_allclose(np.sqrt(np.diag(loaded.covariance)), [0.004, 0.005, 0.001, 0.002])
     np.testing.assert_allclose(loaded.covariance[0, 1], 0.3 * 0.004 * 0.005)
+
+
+def test_detectors_of_version_2_become_efficiency_and_dark_counts(tmp_path):
+    device = PhotonicMemristor(memory=Exponential(7.0), loss=0.1, efficiency=0.8, dark_counts=0.05)
+    saved = twin_file.make(device, ["loss"], np.array([0.1]), np.array([[1e-6]]), {"loss": (0.0, 0.5)}, [recorded(0)])
+    twin_file.save(tmp_path, saved)
+    old = json.loads((tmp_path / "twin.json").read_text()) | {"version": 2}
+    for name in dataclasses.asdict(device):
+        if name not in ("memory", "source", "loss"):
+            del old["device"][name]
+    old["device"] |= {"readout_error_bright": 0.05, "readout_error_dark": (1 - 0.05) * (1 - 0.8)}
+    (tmp_path / "twin.json").write_text(json.dumps(old))
+    loaded = twin_file.load(tmp_path)
+    assert loaded.warnings == ()
+    assert float(loaded.device.efficiency) == pytest.approx(0.8, abs=1e-15)
+    assert float(loaded.device.dark_counts) == 0.05
+    for name, lacking in (("readout_error_dark", "calibrated as such"), ("loss", "more often with a photon")):
+        old["parameters"]["names"] = [name]
+        old["device"]["readout_error_dark"] = 0.97
+        with pytest.raises(twin_file.TwinError, match=f"version 2 lacks.*{lacking}.*write it again"):
+            twin_file.upgraded(old)
 
 
 def test_the_schema_is_exported_and_kept():
@@ -129,7 +151,7 @@ REFUSED = [
     ("{", "no JSON"),
     ("[]", "no twin"),
     ('{"schema": "other"}', "no twin"),
-    ({"version": 3}, "version 3 of the twin file is unknown"),
+    ({"version": 4}, "version 4 of the twin file is unknown"),
     ({"version": 1}, "of version 1 lacks"),
     ({"frozen": None}, "frozen is refused"),
     ({"extra": 1}, "extra is refused"),
