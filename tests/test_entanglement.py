@@ -140,6 +140,25 @@ def test_a_response_shows_the_ideal_channel():
     np.testing.assert_allclose(lossy.transfer, damping(1 - 0.8 * (1 - r)).transfer, atol=1e-12)
 
 
+def test_a_noisy_interferometer_shows_the_average_of_its_channels():
+    """Stage 2 with phase noise is a mean of dampings; the run of stage 1 alone passes the open stage, noise and all."""
+    r, sigma, loss = np.array([0.2, 0.7]), 0.3, 0.1
+    device = dataclasses.replace(
+        IDEAL, phase_noise_2_rad=jnp.asarray(sigma), loss=jnp.asarray(loss), loss_input=jnp.asarray(0.2)
+    )
+    channel = node_channel(device, jnp.asarray(r))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights /= weights.sum()
+    half = np.arcsin(np.sqrt(r))[:, None] + 0.5 * sigma * nodes
+    kept = (1 - loss) * (np.cos(half) ** 2 @ weights) / (np.cos(0.5 * sigma * nodes) ** 2 @ weights)
+    factor = np.sqrt(1 - loss) * (np.cos(half) @ weights) / (np.cos(0.5 * sigma * nodes) @ weights)
+    zero = np.zeros(2)
+    np.testing.assert_allclose(channel.transfer, [[zero + 1, 1 - kept], [zero, kept]], atol=1e-12)
+    np.testing.assert_allclose(channel.factor, [factor, zero], atol=1e-12)
+    assert np.all(np.asarray(channel.smallest_choi_eigenvalue()) > -1e-12)
+    assert np.all(np.asarray(channel.residual) < 1e-12)
+
+
 @pytest.mark.parametrize("wiring", [OWN, CROSSED])
 def test_pairs_with_one_excitation(wiring):
     """C_out = C_in sqrt((1-R_A)(1-R_B)); the inputs of the nodes add to one, so both wirings do the same to it."""
@@ -211,8 +230,8 @@ def test_batches_stand_side_by_side():
         np.testing.assert_allclose(both.concurrence_out[:, k], alone.concurrence_out, atol=1e-12)
 
 
-def test_readout_errors_reach_the_memory_only_where_it_is_measured():
-    noisy = dataclasses.replace(IDEAL, readout_error_bright=jnp.asarray(0.1), readout_error_dark=jnp.asarray(0.2))
+def test_detectors_reach_the_memory_only_where_it_is_measured():
+    noisy = dataclasses.replace(IDEAL, dark_counts=jnp.asarray(0.1), efficiency=jnp.asarray(7 / 9))
     x = X
     trace = play_pair((noisy, dataclasses.replace(noisy, source="model")), one_excitation(x))
     np.testing.assert_allclose(trace.r[0], IDEAL.memory.filter(0.8 * x + 0.1 * (1 - x)), atol=1e-12)

@@ -14,10 +14,14 @@ inputs, or those of the other memristor (crossed feedback), or both. Decay ends 
 
 The light of a pulse also falls on the four lines it is not meant for, a multiple of the Zeeman splitting away. Two
 things are followed, both of which move populations by some (Omega / Delta)^2 (effective Hamiltonian of s and the driven
-ray, third order): s is shifted by sum_j Omega_j^2 / (4 Delta_j), Delta_j = omega_laser - omega_j, and, being dressed,
-it is driven more slowly, Omega (1 - sum_j Omega_j^2 / (8 Delta_j^2)). The phases that other rays gain are not followed: no
-later pulse sees them. What light moves to other sublevels is estimated (`Star.off_resonant_transfer`) and left out.
-The scheme is ours: how a laboratory coupled its memristors on one ion is not known.
+ray, to third order):
+
+    s is shifted by sum_j Omega_j^2 / (4 Delta_j),   Delta_j = omega_laser - omega_j,
+    and, being dressed, driven more slowly:   Omega (1 - sum_j Omega_j^2 / (8 Delta_j^2))
+
+The phases that other rays gain are not followed: no later pulse sees them. What light moves to other sublevels is
+estimated (`Star.off_resonant_transfer`) and left out. The scheme is ours: how a laboratory coupled its memristors on
+one ion is not known.
 """
 
 import dataclasses

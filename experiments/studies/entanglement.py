@@ -1,4 +1,4 @@
-"""Two memristors on one ion, and entangled pairs through two nodes: the tables and the figure of docs/quantum_networks.md.
+"""Two memristors on one ion, and entangled pairs through two nodes: the numbers of docs/quantum_networks.md.
 
 Run it with ``python -m experiments.studies.entanglement``; ``--out FILE.png`` draws the figure as well.
 """
@@ -29,8 +29,14 @@ BEAM = quadrupole_beam(np.pi / 4, np.deg2rad(35))
 PHOTONIC = PhotonicMemristor(memory=MovingAverage(20.0))
 IMPERFECT = {
     "photonic, ideal": PHOTONIC,
-    "photonic, loss 0.1": dataclasses.replace(PHOTONIC, loss=jnp.asarray(0.1)),
-    "ion (Lindblad)": IonMemristor(
+    "photonic, real": dataclasses.replace(
+        PHOTONIC,
+        loss=jnp.asarray(0.1),
+        visibility_2=jnp.asarray(0.97),
+        phase_noise_2_rad=jnp.asarray(0.1),
+        efficiency=jnp.asarray(0.9),
+    ),
+    "ion, real": IonMemristor(
         memory=MovingAverage(20.0),
         method=Lindblad(1e-8),
         rabi_scale_2=0.97,
@@ -69,9 +75,9 @@ def star_inputs(lead: float) -> jax.Array:
     return jnp.stack([sine_input(periods=2, cycles_per_period=CYCLES, delay_cycles=shift) for shift in shifts])
 
 
-def second_period(values: jax.Array) -> jax.Array:
-    """Cycles of the second period, by which the memory has forgotten its start."""
-    return values[..., CYCLES : 2 * CYCLES]
+def second_period(values: jax.Array, end: int = 0) -> jax.Array:
+    """Cycles of the second period, by which the memory has forgotten its start, and `end` more."""
+    return values[..., CYCLES : 2 * CYCLES + end]
 
 
 def star_rows() -> tuple[list[dict], dict[str, StarLoop]]:
@@ -194,9 +200,9 @@ def draw(loops: dict[str, StarLoop]) -> Figure:
         loop = loops[f"True own {ideal}"]
         for k, (name, colour) in enumerate((("A", BLUE), ("B", ORANGE))):
             label = f"{name}, {'ideal' if ideal else 'real'}"
-            own.plot(second_period(loop.x)[k], second_period(loop.y)[k], dash, color=colour, label=label)
+            own.plot(second_period(loop.x, 1)[k], second_period(loop.y, 1)[k], dash, color=colour, label=label)
         loop = loops[f"False crossed {ideal}"]
-        x, y = second_period(loop.x)[1], second_period(loop.y)[0]
+        x, y = second_period(loop.x, 1)[1], second_period(loop.y, 1)[0]
         between.plot(x, y, dash, color=GREEN, label="ideal" if ideal else "real")
     own.set(title="Cascade on one ion, own memories", xlabel="x", ylabel="y")
     between.set(title="Crossed memories, B a quarter behind", xlabel="x of B", ylabel="y of A")
