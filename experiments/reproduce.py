@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.reproduce_reservoirs import narma_rows, x4_rows
 from twin import hysteresis
 from twin.closed_form import separated_populations, simultaneous_populations
 from twin.dynamics import Adaptive, StaticGrid, evolve
@@ -202,5 +203,7 @@ NAMES: dict[str, Callable[[], list[Row]]] = {
     "separated-pulses": _separated,
     "simultaneous-pulses": _simultaneous,
     "photonic-loop": _photonic_loop,
+    "merlin-narma": narma_rows,
+    "x4": x4_rows,
 }
 """What can be reproduced."""

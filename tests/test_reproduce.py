@@ -58,7 +58,7 @@ def test_all_is_everything(monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="separated-pulses, simultaneous-pulses, photonic-loop, all"):
+    with pytest.raises(ValueError, match="separated-pulses, simultaneous-pulses, photonic-loop, merlin-narma, x4, all"):
         reproduce.run("separated")
 
 
