@@ -272,7 +272,7 @@ def _run(device: AbstractMemristor, x_set, r_set, settings: Settings, shots, key
     first = respond(x_set, jnp.zeros_like(x_set), alone=True)
     p_x, n_x = _measure(device, first, shots, keys[0])
     if r_set is None:
-        r = device.memory.filter(_feedback(device, x_set, device.signal(first.populations), p_x, n_x, shots))
+        r = device.memory.filter(feedback(device, x_set, device.signal(first.populations), p_x, n_x, shots))
     else:
         r = r_set
     second = respond(x_set, r, alone=False)
@@ -305,7 +305,7 @@ def _stream(device: AbstractMemristor, state, x_set, settings: Settings) -> Loop
         second = respond(x_k[None], r_k[None], alone=False, of_cycle=setting)
         first, second = (_only_cycle(response) for response in (first, second))
         p_x, p_y = device.assigned(first.populations), device.assigned(second.populations)
-        fed = _feedback(device, x_k, device.signal(first.populations), p_x, None, None)
+        fed = feedback(device, x_k, device.signal(first.populations), p_x, None, None)
         return device.memory.update(state, fed), (r_k, first, second, p_x, p_y)
 
     of_cycle = None if settings.of_cycle is None else settings.of_cycle[:, None]
@@ -325,16 +325,23 @@ def _measure(device: AbstractMemristor, response: Response, shots, key):
     return p, None if key is None else sample_counts(key, p, shots)
 
 
-def _feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Array, "..."]:
+def feedback(device: AbstractMemristor, x_set, x, p_x, n_x, shots) -> Float[Array, "..."]:
+    """What the device's memory takes in of a cycle, by its source; `n_x` None where nothing is sampled."""
     if device.source == "command":
         return x_set
     if n_x is not None and device.source == "measured":
         return n_x / shots
-    fed = x if device.source == "model" else p_x
-    # A solver may leave an empty level at -1e-9, and a transfer below zero has no pulse area.
-    # Anything further out is an error and stays one.
-    fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, fed)
-    return jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed)
+    return within_rounding(x if device.source == "model" else p_x)
+
+
+def within_rounding(fed: Float[Array, "..."], rounding: float = _ROUNDING) -> Float[Array, "..."]:
+    """Numbers in [0, 1] that rounding may have carried just outside.
+
+    A solver may leave an empty level at -1e-9, and a transfer below zero has no pulse area. Anything further out is an
+    error and stays one.
+    """
+    fed = jnp.where((fed < 0) & (fed > -rounding), 0.0, fed)
+    return jnp.where((fed > 1) & (fed < 1 + rounding), 1.0, fed)
 
 
 def _only_cycle(response: Response) -> Response:

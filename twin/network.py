@@ -1,0 +1,401 @@
+"""Networks: memristors of either platform on a directed graph with delays.
+
+In cycle k node i is commanded
+
+    x_set_i[k] = bias_i + sum_c w_in[i, c] inputs[k, c] + sum over its input edges of w y_source[k - delay]
+
+and its memory takes in its own input x, or, where memory edges lead to the node, the weighted sum of what their sources
+send. `play` computes this cycle by cycle, or for all cycles at once where no output comes back to an input or a memory
+that it depends on. Before the first cycle outputs that input edges carry are 0, and what memory edges carry is 1/2.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from twin.area_series import AreaSeries
+from twin.batching import batch_shape, is_traced, physical, real_array
+from twin.coupling import Coupling, couplings
+from twin.dynamics import StaticGrid
+from twin.graph import Graph
+from twin.loop import SOURCES, AbstractMemristor, Responder, Settings, feedback, within_rounding
+from twin.memory import HISTORY, MovingAverage
+from twin.planning import Automatic, Lindblad, chosen
+from twin.readout import sample_counts
+
+FORMS = ("auto", "scan", "parallel")
+FIELDS = ("x_set", "r", "x", "y", "p_x", "p_y", "valid")
+# How far outside [0, 1] the rounding of a weighted sum may carry a command.
+_ROUNDING = 1e-12
+# Input that stands for one not known yet; its cycle is computed and thrown away.
+_SAFE = 0.5
+
+
+class Encoding(eqx.Module):
+    """How inputs become commands: `bias + weights @ inputs`.
+
+    Args:
+        weights: shape (nodes, channels).
+        bias: shape (nodes,), or one number.
+    """
+
+    weights: Float[Array, "nodes channels"] = physical(None)
+    bias: Float[Array, "..."] = physical(None, default=0.0)
+
+
+class Network(eqx.Module):
+    """Memristors, and the edges between them.
+
+    Args:
+        nodes: devices; each stands for as many nodes as its parameters have lanes, in this order. Platforms may be
+            mixed.
+        graph: edges between all the nodes.
+        encoding: None for inputs that are commands already, one channel a node.
+        sizes: nodes of each device, where its parameters do not say; without it one device alone stands for all.
+
+    Raises:
+        ValueError: parameters that do not fit the sizes, sizes that do not add up to the nodes of the graph, an
+            encoding of another shape, an unknown memory source.
+    """
+
+    nodes: tuple[AbstractMemristor, ...]
+    graph: Graph
+    encoding: Encoding | None = None
+    sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        total = self.graph.nodes
+        if sum(self.counts) != total:
+            raise ValueError(
+                f"the devices stand for {self.counts} nodes, but the graph has {total}; "
+                "give `sizes`, or parameters of that many lanes."
+            )
+        for device, count in zip(self.nodes, self.counts, strict=True):
+            shape = batch_shape(device)
+            if shape not in ((), (1,), (count,)):
+                raise ValueError(
+                    f"parameters of shape {shape} do not fit {count} nodes; give each a number or ({count},)."
+                )
+            if device.source not in SOURCES:
+                raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
+        if self.encoding is not None and self.encoding.weights.shape[0] != total:
+            raise ValueError(
+                f"the encoding's `weights` must have one row for each of {total} nodes, "
+                f"but have shape {self.encoding.weights.shape}."
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of nodes of each device."""
+        if self.sizes is not None:
+            return self.sizes
+        lanes = [getattr(d, "count", None) or math.prod(batch_shape(d)) for d in self.nodes]
+        if len(lanes) == 1 and lanes[0] == 1:
+            return (self.graph.nodes,)
+        return tuple(lanes)
+
+    @property
+    def groups(self) -> tuple[slice, ...]:
+        """Places of the nodes of each device among all of them."""
+        ends = np.cumsum(self.counts)
+        return tuple(slice(int(e) - c, int(e)) for e, c in zip(ends, self.counts, strict=True))
+
+    def commands(self, inputs: Float[Array, "steps channels"]) -> Float[Array, "steps nodes"]:
+        """What inputs alone command, before edges add to it."""
+        if self.encoding is None:
+            if inputs.ndim != 2 or inputs.shape[1] not in (1, self.graph.nodes):
+                raise ValueError(
+                    f"`inputs` must have shape (steps, {self.graph.nodes}), but have {inputs.shape}; "
+                    "give the network an `encoding` to feed it with other channels."
+                )
+            return jnp.broadcast_to(inputs, (inputs.shape[0], self.graph.nodes))
+        if inputs.ndim != 2 or inputs.shape[1] != self.encoding.weights.shape[1]:
+            raise ValueError(
+                f"`inputs` must have shape (steps, {self.encoding.weights.shape[1]}), one column for each channel of "
+                f"the encoding, but have {inputs.shape}."
+            )
+        return inputs @ self.encoding.weights.T + self.encoding.bias
+
+    def prepared(self) -> "Network":
+        """The network with the methods of its devices decided and laid; devices with traced values pass."""
+        return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
+
+
+class Trace(eqx.Module):
+    """What happened at every node, shape (steps, nodes); None for what was not kept.
+
+    Attributes:
+        x_set, r: what was commanded, and what the memory held.
+        x, y: population of s after pulse 1 alone, and after both pulses.
+        p_x, p_y: probability that a shot is assigned to s.
+        valid: commands in [0, 1], and cycles solved to the requested error; x, y, p_x, p_y are NaN in the others.
+        n_x, n_y: sampled counts; None without shots.
+    """
+
+    x_set: Float[Array, "steps nodes"] | None
+    r: Float[Array, "steps nodes"] | None
+    x: Float[Array, "steps nodes"] | None
+    y: Float[Array, "steps nodes"] | None
+    p_x: Float[Array, "steps nodes"] | None
+    p_y: Float[Array, "steps nodes"] | None
+    valid: Bool[Array, "steps nodes"] | None
+    n_x: Float[Array, "steps nodes"] | None
+    n_y: Float[Array, "steps nodes"] | None
+
+
+def play(
+    network: Network,
+    inputs,
+    *,
+    shots=None,
+    key: PRNGKeyArray | None = None,
+    form: str = "auto",
+    keep: Sequence[str] = FIELDS,
+) -> Trace:
+    """All cycles of a network.
+
+    Main arguments:
+        network: devices on a graph.
+        inputs: shape (steps, channels) with an encoding; else commands in [0, 1], shape (steps, nodes) or (steps, 1).
+        shots, key: repetitions of each setting and random key; None for expectation values.
+
+    Other arguments:
+        form: "scan" goes cycle by cycle; "parallel" takes all cycles at once, node after node along the edges; "auto"
+            is parallel where that is possible.
+        keep: fields of the trace to write; a long record of a large network may not fit with all of them.
+
+    Returns:
+        A `Trace`. What a node sends is what a controller sees: by the device's source counts over shots or their
+        expectation ("measured"), populations ("model"); of x "command" sends the command.
+
+    Raises:
+        ValueError: inputs of another shape; shots without a key or the reverse; an unknown form or field; "parallel"
+            where outputs come back.
+
+    Example:
+        >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
+        >>> features = play(network, u[:, None]).y
+    """
+    if (shots is None) != (key is None):
+        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    if form not in FORMS:
+        raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
+    unknown = [name for name in keep if name not in FIELDS]
+    if unknown:
+        raise ValueError(f"`keep` may name {FIELDS}, but has {unknown[0]!r}.")
+    order = network.graph.wiring.order
+    if form == "parallel" and order is None:
+        raise ValueError("outputs come back in this graph, so that cycles must follow each other; use form 'scan'.")
+    inputs = real_array(inputs)
+    if inputs.ndim == 2 and inputs.shape[0] == 0:
+        raise ValueError("`inputs` have no steps; give at least one row.")
+    network = network.prepared()
+    keep = tuple(name for name in FIELDS if name in keep)
+    shots = None if shots is None else real_array(shots)
+    if form == "scan" or order is None:
+        # The length of a buffer is static, so memories start outside jit, where a known window is known.
+        states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
+        return _in_sequence(network, states, inputs, shots, key, keep)
+    return _all_at_once(network, inputs, shots, key, keep)
+
+
+def _prepared(device: AbstractMemristor) -> AbstractMemristor:
+    """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
+    memory = device.memory
+    ion = getattr(device, "ion", device)
+    # A traced window decides nothing here.
+    laid = eqx.tree_at(lambda d: getattr(d, "ion", d).memory, device, MovingAverage(1.0))
+    if is_traced(laid):
+        return device
+    method = getattr(ion, "method", None)
+    probe = jnp.array([0.0, 1.0]).reshape((2,) + (1,) * len(batch_shape(device)))  # errors are largest at both ends
+    if isinstance(method, Automatic):
+        method = chosen(getattr(laid, "brightest", laid), probe, Settings())
+    if isinstance(method, Lindblad):
+        method = AreaSeries(StaticGrid(error=method.error))
+    if method is not None:
+        laid = eqx.tree_at(lambda d: getattr(d, "ion", d).method, laid, method)
+    return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Player:
+    """One device at its work: what all cycles share is done once."""
+
+    device: AbstractMemristor
+    respond: Responder
+    place: int
+
+    @classmethod
+    def of(cls, network: Network) -> tuple["_Player", ...]:
+        return tuple(cls(d, d.under(Settings()), g) for g, d in enumerate(network.nodes))
+
+    def first(self, x_set, shots, key) -> dict[str, Array]:
+        """Pulse 1 alone."""
+        response = self.respond(x_set, jnp.zeros_like(x_set), alone=True)
+        valid = response.valid & (x_set >= 0) & (x_set <= 1)
+        x, p_x = self._judged(response, valid)
+        n_x = self._counts(p_x, shots, key, 0)
+        sent = jnp.where(valid, feedback(self.device, x_set, x, p_x, n_x, shots), jnp.nan)
+        return {"x": x, "p_x": p_x, "valid": valid, "sent_x": sent} | ({} if n_x is None else {"n_x": n_x})
+
+    def second(self, x_set, r, shots, key) -> dict[str, Array]:
+        """Both pulses."""
+        response = self.respond(x_set, r, alone=False)
+        valid = response.valid & (x_set >= 0) & (x_set <= 1)
+        y, p_y = self._judged(response, valid)
+        n_y = self._counts(p_y, shots, key, 1)
+        measured = self.device.source == "measured"
+        sent = n_y / shots if measured and n_y is not None else within_rounding(p_y if measured else y)
+        return {"y": y, "p_y": p_y, "valid": valid, "sent_y": sent} | ({} if n_y is None else {"n_y": n_y})
+
+    def _judged(self, response, valid) -> list[Array]:
+        values = (self.device.signal(response.populations), self.device.assigned(response.populations))
+        return [jnp.where(valid, value, jnp.nan) for value in values]
+
+    def _counts(self, p, shots, key, run: int) -> Array | None:
+        """Counts of a cycle, or of each row with a key of its own: both forms draw the same."""
+        if key is None:
+            return None
+        draw = lambda k, p: sample_counts(jax.random.fold_in(k, 2 * self.place + run), p, shots)
+        return draw(key, p) if p.ndim == 1 else jax.vmap(draw)(key, p)
+
+
+class _Board:
+    """Values of all nodes as they become known, device by device."""
+
+    def __init__(self, network: Network, rows: tuple[int, ...]):
+        self.groups, self.shapes = network.groups, [(*rows, c) for c in network.counts]
+        self.values: list[dict[str, Array]] = [{} for _ in self.groups]
+
+    def put(self, group: int, here: np.ndarray, new: dict[str, Array]) -> None:
+        """Values of those nodes of a device that are `here`; their two runs must both be valid."""
+        old = self.values[group]
+        for name, value in new.items():
+            value = old[name] & value if name == "valid" and name in old and here.all() else value
+            if name in old and not here.all():
+                value = jnp.where(here, old[name] & value if name == "valid" else value, old[name])
+            old[name] = value
+
+    def all(self, name: str) -> Array:
+        """Values of all nodes; zero where they are not known yet."""
+        known = [v.get(name, None) for v in self.values]
+        rows = [jnp.zeros(s) if k is None else k for k, s in zip(known, self.shapes, strict=True)]
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
+
+
+def _split(values: Array, network: Network) -> list[Array]:
+    return [values[..., group] for group in network.groups]
+
+
+def _trace(known: dict[str, Array], keep: tuple[str, ...]) -> Trace:
+    return Trace(
+        **{name: known.get(name) if name in (*keep, "n_x", "n_y") else None for name in (*FIELDS, "n_x", "n_y")}
+    )
+
+
+def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array | None, shots, key) -> None:
+    """Plays pulse 1 alone (`r` None) or both pulses on the nodes that are `here`, and puts down what came out."""
+    for player, group in zip(players, board.groups, strict=True):
+        if not here[group].any():
+            continue
+        own_x, own_r = (None if a is None else a[..., group] for a in (x_set, r))
+        safe_x, safe_r = (
+            a if a is None or here[group].all() else jnp.where(here[group], a, _SAFE) for a in (own_x, own_r)
+        )
+        if own_r is None:
+            new = {"x_set": own_x} | player.first(safe_x, shots, key)
+        else:
+            new = {"r": own_r} | player.second(safe_x, safe_r, shots, key)
+        board.put(player.place, here[group], new)
+
+
+@eqx.filter_jit
+def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
+    n, wiring = network.graph.nodes, network.graph.wiring
+    edges, players = couplings(network.graph), _Player.of(network)
+    to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
+    ranks = wiring.step_ranks
+
+    def buffer(kind: str, of: str) -> Array:
+        longest = max((e.delay_cycles for e in edges if (e.kind, e.of) == (kind, of)), default=0)
+        return jnp.full((longest, n), HISTORY if kind == "memory" else 0.0)
+
+    past = {(kind, of): buffer(kind, of) for kind, of in (("input", "y"), ("memory", "x"), ("memory", "y"))}
+
+    def cycle(carry, now):
+        (states, past), (drive, key) = carry, now
+        held = [d.memory.read(s) for d, s in zip(network.nodes, states, strict=True)]
+        r = within_rounding(held[0] if len(held) == 1 else jnp.concatenate(held), _ROUNDING)
+        for edge in to_input:
+            if edge.delay_cycles > 0:
+                drive = drive + edge(past["input", "y"][edge.delay_cycles - 1])
+        board = _Board(network, ())
+        for rank in range(int(ranks.max()) + 1):
+            x_set = drive
+            for edge in to_input:
+                if edge.delay_cycles == 0 and rank > 0:
+                    x_set = x_set + edge(board.all("sent_y"))
+            x_set = within_rounding(x_set, _ROUNDING)
+            _evaluate(board, players, ranks == rank, x_set, None, shots, key)
+            _evaluate(board, players, ranks == rank, x_set, r, shots, key)
+        sent = {of: board.all(f"sent_{of}") for of in ("x", "y")}
+        fed = sent["x"]
+        if to_memory:
+            at = lambda e: sent[e.of] if e.delay_cycles == 0 else past["memory", e.of][e.delay_cycles - 1]
+            total = sum(edge(at(edge)) for edge in to_memory)
+            fed = jnp.where(wiring.remembers_others, within_rounding(total, _ROUNDING), fed)
+        states = tuple(
+            d.memory.update(s, m) for d, s, m in zip(network.nodes, states, _split(fed, network), strict=True)
+        )
+        # The newest first; a buffer of no rows stays empty.
+        past = {k: jnp.concatenate([sent[k[1]][None], rows])[: rows.shape[0]] for k, rows in past.items()}
+        return (states, past), {name: board.all(name) for name in _asked(keep, shots)}
+
+    drive = network.commands(inputs)
+    keys = None if key is None else jax.random.split(key, drive.shape[0])
+    _, known = jax.lax.scan(cycle, (states, past), (drive, keys))
+    return _trace(known, keep)
+
+
+@eqx.filter_jit
+def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
+    wiring = network.graph.wiring
+    edges, players = couplings(network.graph), _Player.of(network)
+    to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
+    drive = network.commands(inputs)
+    steps = drive.shape[0]
+    keys = None if key is None else jax.random.split(key, steps)
+    assert wiring.order is not None
+    rank_x, rank_y = wiring.order
+    board = _Board(network, (steps,))
+
+    def later(edge: Coupling, before: float) -> Array:
+        """What an edge brings in every cycle."""
+        sent = board.all(f"sent_{edge.of}")
+        delay = min(edge.delay_cycles, steps)
+        return edge(jnp.concatenate([jnp.full((delay, sent.shape[1]), before), sent[: steps - delay]]))
+
+    for rank in range(int(rank_y.max()) + 1):
+        if (rank_x == rank).any():
+            x_set = within_rounding(drive + sum(later(e, 0.0) for e in to_input), _ROUNDING)
+            _evaluate(board, players, rank_x == rank, x_set, None, shots, keys)
+        if (rank_y == rank).any():
+            fed = board.all("sent_x")
+            if to_memory:
+                total = within_rounding(sum(later(e, HISTORY) for e in to_memory), _ROUNDING)
+                fed = jnp.where(wiring.remembers_others, total, fed)
+            held = [d.memory.filter(m) for d, m in zip(network.nodes, _split(fed, network), strict=True)]
+            r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
+            _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)
+    return _trace({name: board.all(name) for name in _asked(keep, shots)}, keep)
+
+
+def _asked(keep: tuple[str, ...], shots) -> tuple[str, ...]:
+    return keep if shots is None else (*keep, "n_x", "n_y")
