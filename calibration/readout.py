@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, Float
 
 from twin.batching import check_not_negative
+
+SHARES = tuple(10.0**k for k in range(-14, 0))
+"""Strengths of ridges to choose from, over the largest squared singular value."""
 
 # Singular values below this share of the largest one are rounding.
 _RANK = 1e-13
@@ -148,7 +150,7 @@ def chosen_readout(
     features: Float[Array, "steps features"],
     targets: Float[Array, "steps *outputs"],
     split: Split,
-    shares: Sequence[float] = tuple(10.0 ** np.arange(-14, 0)),
+    shares: Sequence[float] = SHARES,
 ) -> Chosen:
     """Strength from the validation part, read-out from train and validation part, error from the test part.
 
