@@ -3,7 +3,7 @@
 Run it with ``python -m experiments.studies.reservoirs --out DIR [--seeds N]``; the same command goes on where it was
 stopped. ``--scale`` times large reservoirs instead.
 
-All models have `NODES` features, see the same inputs in [0, 1], choose among three settings and among the same ridges by
+All models have `NODES` features, see the same inputs in [0, 1], choose among the same ridges and three settings by
 the validation part, and are judged on the test part, which decides nothing. Shot noise acts on what the memories
 average and on what the read-out sees; a classical model has none.
 """
