@@ -23,6 +23,12 @@ def listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
             for row in result["rows"]
         ]
         return {"Coverage": rows}
+    if result.get("kind") == "reproduce":
+        names = ("quantity", "expected", "obtained", "tolerance", "verdict")
+        return {
+            name: [{key: _cell(row[key]) for key in names} for row in result["rows"] if row["name"] == name]
+            for name in result["names"]
+        }
     if result.get("kind") == "trap":
         return {
             title: [{k: v.replace("-", "\u2212") if k != "what" else v for k, v in row.items()} for row in rows]

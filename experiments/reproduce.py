@@ -13,10 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
+from scipy.optimize import minimize
 
-from experiments.reproduce_reservoirs import narma_rows, x4_rows
+from experiments import crossed_pair, report, reproduce_reservoirs
+from experiments.provenance import Stopwatch, provenance
+from experiments.records import RunFolder
+from experiments.reproduced import Reproduced, Row, extrapolated, row
 from twin import hysteresis
 from twin.closed_form import separated_populations, simultaneous_populations
+from twin.crossed import CrossedPair
 from twin.dynamics import Adaptive, StaticGrid, evolve
 from twin.levels import LAMBDA, LevelSystem, Scheme, V
 from twin.loop import run as run_loop
@@ -24,8 +30,6 @@ from twin.loop import sine_input
 from twin.memory import MovingAverage
 from twin.memristor import PhotonicMemristor
 from twin.pulses import Gaussian
-
-Row = dict[str, Any]
 
 _SIGMA_S = 20e-6  # the ratios reproduced here do not depend on it
 _AREAS = np.linspace(0.1, math.pi - 0.05, 15)
@@ -80,26 +84,40 @@ def run(name: str) -> list[Row]:
     Raises:
         ValueError: an unknown name.
     """
+    return [one for known, found in _computed(name).items() for one in _named(known, found)]
+
+
+def run_into(name: str, out: RunFolder) -> list[Row]:
+    """The same, leaving ``result.json``, ``arrays.nc``, the figures and the report in a run folder."""
+    clock = Stopwatch()
+    found = _computed(name)
+    rows = [one for known, one_found in found.items() for one in _named(known, one_found)]
+    failed = sum(str(one["verdict"]).startswith("fail") for one in rows)
+    status = f"failed: {failed} of {len(rows)} numbers are outside their tolerance" if failed else "done"
+    result = {"kind": "reproduce", "status": status, "names": list(found), "rows": rows, "seconds": clock.stop()}
+    arrays = {}
+    for known, one_found in found.items():
+        for label, values in one_found.arrays.items():
+            # A name in NetCDF has no hyphen; axes of equal length are not the same axis.
+            variable = f"{known.replace('-', '_')}__{label}"
+            arrays[variable] = (tuple(f"{variable}_{k}" for k in range(np.ndim(values))), values)
+    if arrays:
+        out.write_arrays(xr.Dataset(arrays))
+    out.write_result({**result, **provenance()})
+    report.write(out)
+    return rows
+
+
+def _computed(name: str) -> dict[str, Reproduced]:
     if name != "all" and name not in NAMES:
         raise ValueError(
             f"there is nothing to reproduce under the name {name!r}; known names are {', '.join(NAMES)}, all."
         )
-    rows = []
-    for known, compute in NAMES.items():
-        if name in (known, "all"):
-            rows += [{"name": known, **row} for row in compute()]
-    return rows
+    return {known: compute() for known, compute in NAMES.items() if name in (known, "all")}
 
 
-def _row(quantity: str, expected: float, obtained: float, tolerance: float) -> Row:
-    met = abs(obtained - expected) <= tolerance
-    return {
-        "quantity": quantity,
-        "expected": expected,
-        "obtained": float(obtained),
-        "tolerance": tolerance,
-        "verdict": "pass" if met else "fail",
-    }
+def _named(name: str, found: Reproduced) -> list[Row]:
+    return [{"name": name, **one} for one in found.rows]
 
 
 def _integrated(
@@ -122,7 +140,7 @@ def _integrated(
     return np.asarray(solution.populations[0])
 
 
-def _separated() -> list[Row]:
+def _separated() -> Reproduced:
     print(
         "separated-pulses: the papers state agreement below 0.03 %; their definition of the relative standard "
         "deviation was not readable. Here RSD(y) = rms(y - y_closed)/mean(y_closed) over 15 x 15 areas in "
@@ -135,75 +153,127 @@ def _separated() -> list[Row]:
     closed = np.asarray(separated_populations(theta_1, theta_2)[1])
     rsd = 100 * np.sqrt(np.mean((exact - closed) ** 2, axis=(0, 1))) / np.mean(closed, axis=(0, 1))
     rows = [
-        _row(f"RSD(y) at {ratio:g} sigma, %", expected, obtained, tolerance)
+        row(f"RSD(y) at {ratio:g} sigma, %", expected, obtained, tolerance)
         for (ratio, expected, tolerance), obtained in zip(_RSD, rsd[1:], strict=False)
     ]
     near = rsd[-len(_CROSSING) :]
     crossing = np.interp(-math.log(_PUBLISHED_RSD), -np.log(near), _CROSSING)
-    rows.append(_row("separation at which RSD(y) is 0.03 %, sigma", 4.71, crossing, 0.0471))
+    rows.append(row("separation at which RSD(y) is 0.03 %, sigma", 4.71, crossing, 0.0471))
     reference = np.asarray(
         _integrated(LAMBDA, theta_1[::7, ::7, 0], theta_2[::7, ::7, 0], 13 * _SIGMA_S, method=Adaptive())
     )
     apart = np.max(np.abs(reference[1] - closed[::7, ::7, 0]))
-    rows.append(_row("largest |y - y_closed| at 13 sigma, adaptive solver", 0.0, apart, 1e-10))
+    rows.append(row("largest |y - y_closed| at 13 sigma, adaptive solver", 0.0, apart, 1e-10))
     # One-sided: the statement is an upper limit.
-    rows.append({**_row("RSD(y) at 13 sigma, %", 0.0, rsd[0], _PUBLISHED_RSD), "expected": "< 0.03 (published)"})
-    return rows
+    rows.append({**row("RSD(y) at 13 sigma, %", 0.0, rsd[0], _PUBLISHED_RSD), "expected": "< 0.03 (published)"})
+    order = np.argsort(ratios)
+    return Reproduced(rows, {"separation_sigma": ratios[order], "rsd_percent": rsd[order],
+                             "given_separation_sigma": np.array([ratio for ratio, _, _ in _RSD]),
+                             "given_rsd_percent": np.array([value for _, value, _ in _RSD])})  # fmt: skip
 
 
-def _simultaneous() -> list[Row]:
+def _simultaneous() -> Reproduced:
     # The square of areas, and two pi pulses as the last lane.
     theta_1, theta_2 = (np.append(areas, math.pi) for areas in np.meshgrid(_AREAS, _AREAS))
     rows, solved = [], {}
     for scheme, start in ((LAMBDA, "v"), (V, "s")):
         solved[start] = _integrated(scheme, theta_1, theta_2, 0.0)[:3]
         apart = np.max(np.abs(solved[start] - np.stack(simultaneous_populations(theta_1, theta_2, start))))
-        rows.append(_row(f"start {start}: largest |P - P_exact|, 15 x 15 areas", 0.0, apart, 1e-10))
+        rows.append(row(f"start {start}: largest |P - P_exact|, 15 x 15 areas", 0.0, apart, 1e-10))
     for label, expected, value in zip(("P_v", "P_s", "P_m"), _TWO_PI_PULSES, solved["v"][:, -1], strict=True):
-        rows.append(_row(f"start v: {label} after areas pi, pi", expected, value, 1e-8))
-    return rows
+        rows.append(row(f"start v: {label} after areas pi, pi", expected, value, 1e-8))
+    square = (len(_AREAS), len(_AREAS))
+    return Reproduced(rows, {"theta_1": theta_1[:-1].reshape(square), "theta_2": theta_2[:-1].reshape(square),
+                             "p_s_from_v": solved["v"][1, :-1].reshape(square),
+                             "p_s_from_s": solved["s"][1, :-1].reshape(square)})  # fmt: skip
 
 
-def _photonic_loop() -> list[Row]:
+def _photonic_loop() -> Reproduced:
     rows = []
     windows = np.round(np.array([window for window, _, _ in _LOOPS]) * _CYCLES)
     found = np.array([_photonic_metrics(_CYCLES * m, windows * m) for m in (1, 2, 4)])
     for (window, area, form), areas, forms in zip(_LOOPS, found[:, 0].T, found[:, 1].T, strict=True):
-        rows.append(_row(f"loop area at T/T_osc = {window:g}", area, _extrapolated(areas), 1e-8))
-        rows.append(_row(f"form factor at T/T_osc = {window:g}", form, _extrapolated(forms), 1e-6))
+        rows.append(row(f"loop area at T/T_osc = {window:g}", area, extrapolated(areas), 1e-8))
+        rows.append(row(f"form factor at T/T_osc = {window:g}", form, extrapolated(forms), 1e-6))
     cycles, given = _DISCRETE
     areas, forms = _photonic_metrics(cycles, np.array([n_w for n_w, _, _ in given], float))
     for (n_w, area, form), found_area, found_form in zip(given, areas, forms, strict=True):
-        rows.append(_row(f"loop area, {cycles} cycles a period, window {n_w}", area, found_area, 1e-8))
+        rows.append(row(f"loop area, {cycles} cycles a period, window {n_w}", area, found_area, 1e-8))
         if form is not None:
-            rows.append(_row(f"form factor, {cycles} cycles a period, window {n_w}", form, found_form, 1e-8))
+            rows.append(row(f"form factor, {cycles} cycles a period, window {n_w}", form, found_form, 1e-8))
+    rows += _transfer_rows() + _extremes()
+    drawn = np.array([0.1, 0.25, 0.371010, 0.5, 0.75, 1.0])
+    x, y = _photonic_period(200, 200 * drawn)
+    closed = lambda a: np.concatenate([a, a[:1]]).T
+    return Reproduced(rows, {"window": drawn, "x": closed(x), "y": closed(y),
+                             "area_window": np.array([window for window, _, _ in _LOOPS]),
+                             "area": np.array([area for _, area, _ in _LOOPS]),
+                             "form_factor": np.array([form for _, _, form in _LOOPS])})  # fmt: skip
+
+
+def _transfer_rows() -> list[Row]:
+    """The transfer as it starts from a history of 1/2, and long after."""
+    rows = []
+    window = 0.37
+    starting = lambda t: 0.5 - math.sin(2 * math.pi * t) / (4 * math.pi * window)
+    for t, expected, tolerance in ((0.1, starting(0.1), 1e-8), (0.3, starting(0.3), 1e-8), (5.0, 0.343217621, 1e-8)):
+        values = []
+        for m in (1, 2, 4):
+            cycles = 1000 * m
+            x = sine_input(periods=math.ceil(t), cycles_per_period=cycles)
+            device = PhotonicMemristor(memory=MovingAverage(window * cycles), source="model")
+            values.append(run_loop(device, x).r[round(t * cycles)])
+        rows.append(
+            row(f"R at t = {t:g} T_osc for T/T_osc = {window:g}", expected, extrapolated(np.array(values)), tolerance)
+        )
     return rows
 
 
-def _photonic_metrics(cycles_per_period: int, window_cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas and form factors of the ideal memristor's loop in its steady state, one for each window."""
+def _extremes() -> list[Row]:
+    """Largest area and form factor of the single memristor; the slope of the area; the perimeter of a line."""
+    angle = jnp.arange(4000) * (2 * jnp.pi / 4000)
+
+    def loop(window):
+        alone = CrossedPair(window).points(angle)  # Phi = 0: each remembers what is its own input too
+        return alone["x_a"], alone["y_a"]
+
+    area, form = (lambda t: hysteresis.signed_area(*loop(t))), (lambda t: hysteresis.form_factor(*loop(t)))
+    rows = []
+    for label, metric, start, place, largest, tolerance in (
+        ("area", area, 0.4, 0.3710096482, 0.2845542132, 1e-6), ("form factor", form, 0.4, 0.35346, 0.583662, 1e-6),
+    ):  # fmt: skip
+        slope = jax.jit(jax.value_and_grad(lambda v, metric=metric: -metric(v[0])))
+        best = minimize(lambda v, slope=slope: [np.asarray(a) for a in slope(v)], [start], jac=True, tol=1e-12)
+        rows.append(row(f"largest loop {label}", largest, -best.fun, tolerance))
+        rows.append(row(f"T/T_osc of the largest loop {label}", place, best.x[0], 6e-6))
+    rows.append(row("dA/dT at T_osc/4, times T_osc", math.pi / 2 - 1, jax.grad(area)(0.25), 1e-5))
+    rows.append(row("perimeter at T = T_osc", math.sqrt(5), hysteresis.perimeter(*loop(1.0)), 1e-6))
+    return rows
+
+
+def _photonic_period(cycles_per_period: int, window_cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the ideal memristor over one period of its steady state, shape (cycles, windows)."""
     device = PhotonicMemristor(memory=MovingAverage(window_cycles), source="model")
     periods = 1 + math.ceil(np.max(window_cycles) / cycles_per_period)
     x_set = sine_input(periods=periods, cycles_per_period=cycles_per_period)
     loop = run_loop(device, jnp.broadcast_to(x_set[:, None], (x_set.size, window_cycles.size)))
     last = slice((periods - 1) * cycles_per_period, periods * cycles_per_period)
+    return np.asarray(loop.x[last]), np.asarray(loop.y[last])
+
+
+def _photonic_metrics(cycles_per_period: int, window_cycles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Areas and form factors of the ideal memristor's loop in its steady state, one for each window."""
     metrics = jax.jit(jax.vmap(lambda x, y: (hysteresis.signed_area(x, y), hysteresis.form_factor(x, y)), in_axes=1))
-    areas, forms = metrics(loop.x[last], loop.y[last])
+    areas, forms = metrics(*_photonic_period(cycles_per_period, window_cycles))
     return np.asarray(areas), np.asarray(forms)
 
 
-def _extrapolated(values: np.ndarray) -> float:
-    """Limit of a power series in 1/K from its values at K, 2K, 4K (Richardson)."""
-    for power in range(1, len(values)):
-        values = (2**power * values[1:] - values[:-1]) / (2**power - 1)
-    return float(values[0])
-
-
-NAMES: dict[str, Callable[[], list[Row]]] = {
+NAMES: dict[str, Callable[[], Reproduced]] = {
     "separated-pulses": _separated,
     "simultaneous-pulses": _simultaneous,
     "photonic-loop": _photonic_loop,
-    "merlin-narma": narma_rows,
-    "x4": x4_rows,
+    "crossed-pair": crossed_pair.compute,
+    "merlin-narma": reproduce_reservoirs.merlin_narma,
+    "x4": reproduce_reservoirs.fourth_power,
 }
-"""What can be reproduced."""
+"""What can be reproduced; `experiments.reproduce_plots` has the figure of each."""

@@ -129,12 +129,12 @@ def laser(seed: int, steps: int, *, horizon: int = 1) -> Series:
     rate = lambda _, s: [-2 * (s[0] - s[1]), -s[1] + s[0] * (15 - s[2]), -0.25 * s[2] + s[0] * s[1]]
     solution = solve_ivp(rate, (0.0, times[-1]), start, method="DOP853", t_eval=times, rtol=1e-9, atol=1e-9)
     intensity = solution.y[0][500:] ** 2
-    # The largest intensity of long records of this attractor is 29.
+    # The largest intensity among 20 records of 2,000 samples was 34.
     levels = np.round(intensity * (255 / LASER_FULL_SCALE))
     return Series(levels[:steps], levels[horizon : horizon + steps], 0.0, 255.0)
 
 
-LASER_FULL_SCALE = 32.0
+LASER_FULL_SCALE = 48.0
 """Intensity of the highest of 256 levels of the laser series."""
 
 

@@ -72,6 +72,11 @@ stage("doctor", "run", lambda: behave(None))
 stage("reproduce", "run", lambda name: [
     {"name": name, "quantity": "y", "expected": 0.42, "obtained": 0.42, "tolerance": 1e-9,
      "verdict": "fail" if os.environ["HOW"] == "outside" else "pass"}])
+def into(name, out):
+    with_seed(0, out)
+    return [{"name": name, "quantity": "y", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}]
+
+sys.modules["experiments.reproduce"].run_into = into
 from experiments.cli import main
 main(sys.argv[1:])
 """
@@ -334,6 +339,15 @@ def test_reproduced_numbers_are_a_table_and_a_verdict():
     assert done.returncode == 1
     assert json.loads(done.stdout)["rows"][0]["verdict"] == "fail"
     assert "1 of 1 numbers" in done.stderr
+
+
+def test_reproduced_numbers_leave_a_run_folder_where_asked(tmp_path):
+    out = tmp_path / "run"
+    done = staged("fine", "reproduce", "pulses", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert {entry.name for entry in out.iterdir()} >= {"config.toml", "result.json", "figures"}
+    assert staged("fine", "reproduce", "pulses", "--out", out).returncode == 2
+    assert staged("fine", "reproduce", "pulses", "--out", out, "--replace").returncode == 0
 
 
 def test_a_report_is_written_for_a_run_folder_only(tmp_path):

@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from twin import graph
+from twin.graph import Graph
+from twin.loop import Settings
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor, run
 from twin.network import FIELDS, Encoding, Network, play
@@ -99,9 +103,11 @@ def mixed(edges, **more):
     return Network(devices, edges, Encoding(W_IN, 0.1))
 
 
-@pytest.mark.parametrize("shots", [None, 200])
+@pytest.mark.parametrize("shots", [None, pytest.param(200, marks=pytest.mark.slow)])
 def test_both_forms_agree_on_mixed_platforms(shots):
-    edges = graph.cascade(N, 0.3) + graph.Graph.of(N, [0, 1, 0], [2, 4, 3], 0.8, kind="memory", delay_cycles=1)
+    edges = graph.Graph.of(N, [0, 1], [3, 4], 0.3, delay_cycles=0) + graph.Graph.of(
+        N, [0, 1, 0], [2, 4, 3], 0.8, kind="memory", delay_cycles=1
+    )
     key = None if shots is None else jax.random.key(7)
     scan, parallel = (play(mixed(edges), U, form=form, shots=shots, key=key) for form in ("scan", "parallel"))
     for name in (*FIELDS, *(() if shots is None else ("n_x", "n_y"))):
@@ -133,3 +139,142 @@ def test_a_bad_node_spoils_only_what_it_reaches():
         assert np.isnan(trace.y[1, 1])
         reached = edges.wiring.target[edges.wiring.source == 1].tolist()
         assert np.array_equal(np.asarray(trace.valid[2]), [i not in (1, *reached) for i in range(N)])
+
+
+def test_gradients_are_those_of_finite_differences():
+    """Ten nodes of both platforms for 200 steps: device parameters, edge weights, inputs' weights and a window."""
+    n, steps = 10, 200
+    rng = np.random.default_rng(8)
+    u = rng.uniform(0, 1, (steps, 1))
+    edges = (
+        graph.ring(n, 0.2) + graph.nearest_neighbours(n, 0.3, kind="memory") + graph.self_edges(n, 0.4, kind="memory")
+    )
+    weights = rng.normal(size=(steps, n))
+
+    def loss(v):
+        devices = (
+            photonic(jnp.full(4, 3.0) + v["tau"], loss=v["loss"]),
+            IonMemristor(
+                memory=MovingAverage(v["window"], capacity=8),
+                method=ClosedForm(),
+                rabi_scale_1=v["rabi"] + jnp.zeros(6),
+            ),
+        )
+        made = Network(
+            devices, Graph(edges.wiring, edges.weight * v["edge"]), Encoding(v["w_in"] * jnp.ones((n, 1)), 0.2)
+        )
+        return jnp.sum(weights * play(made, u, keep=("y",)).y)
+
+    at = {"tau": 0.3, "loss": 0.05, "window": 4.4, "rabi": 0.97, "edge": 0.9, "w_in": 0.4}
+    at = {name: jnp.asarray(value) for name, value in at.items()}
+    value = jax.jit(loss)
+    slopes = jax.jit(jax.grad(loss))(at)
+    h = 1e-4
+    for name in at:
+        step = lambda k, name=name: value(at | {name: at[name] + k * h})
+        numeric = (8 * (step(1) - step(-1)) - (step(2) - step(-2))) / (12 * h)
+        assert abs(slopes[name]) > 1e-2
+        np.testing.assert_allclose(slopes[name], numeric, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_full_dynamics_in_sequence_is_that_of_run():
+    device = IonMemristor(memory=MovingAverage(3.5), rabi_scale_1=np.linspace(0.97, 1.02, N), detuning_2_hz=800.0)
+    trace = play(network(graph.uncoupled(N), device), U, form="scan")
+    loop = run(device, np.asarray(trace.x_set))
+    assert np.all(trace.valid)
+    for name in ("x", "y", "r"):
+        np.testing.assert_allclose(getattr(trace, name), getattr(loop, name), rtol=0, atol=2e-8)
+    assert np.max(np.abs(trace.x - trace.x_set)) > 1e-3
+
+
+TRACES = []
+
+
+class Counting(Exponential):
+    """A memory that notes each time Python runs through it."""
+
+    def read(self, state):
+        TRACES.append(1)
+        return super().read(state)
+
+
+def test_new_values_do_not_compile_again():
+    def once(value, inputs):
+        device = PhotonicMemristor(memory=Counting(TAU + value), loss=0.1 * value)
+        edges = graph.ring(N, 0.2 * value) + graph.ring(N, 0.5 * value, kind="memory")
+        return play(Network((device,), edges, Encoding(W_IN * value, 0.1 * value)), inputs).y
+
+    first = once(1.0, U)
+    traced = len(TRACES)
+    second = once(0.8, 0.5 * U)
+    assert len(TRACES) == traced > 0
+    assert np.max(np.abs(first - second)) > 0.01
+
+
+def test_hyper_parameters_are_batched_by_vmap():
+    taus = np.array([1.5, 3.0, 6.0])
+    one = lambda tau: play(network(graph.ring(N, 0.3), photonic(tau + jnp.zeros(N))), U).y
+    together = jax.vmap(one)(jnp.asarray(taus))
+    for tau, y in zip(taus, together, strict=True):
+        np.testing.assert_allclose(y, one(tau), rtol=0, atol=1e-14)
+
+
+def test_only_what_is_asked_for_is_kept():
+    trace = play(network(graph.ring(N, 0.3)), U, keep=("y",))
+    assert trace.y.shape == (STEPS, N)
+    assert trace.x is None and trace.valid is None and trace.n_y is None
+
+
+def test_commands_within_rounding_of_the_edge_are_the_edge():
+    trace = play(
+        Network((photonic(3.0),), graph.cascade(2, 1.0), Encoding(np.eye(2)[:, :1], [1e-14, 0.0])), np.ones((4, 1))
+    )
+    assert np.all(trace.valid)
+    assert np.all(trace.x_set[:, 0] == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: graph.cascade(3, 1.0) + Graph.of(3, 2, 0, delay_cycles=0), "must not close a circle"),
+        (lambda: Graph.of(3, 0, 3), "`target` must hold whole numbers from 0 to below 3, but has 3"),
+        (lambda: Graph.of(3, 0, 1, delay_cycles=-1), "`delay_cycles` must hold"),
+        (lambda: Graph.of(3, 0, 1, kind="feedback"), "`kind` must be one of"),
+        (lambda: Graph.of(3, 0, 1, of="x"), "'y' for input edges"),
+        (lambda: graph.ring(3) + graph.ring(4), "cannot be joined"),
+        (lambda: graph.random_sparse(3, 3, seed=0), "`degree` must be from 1 to 2"),
+        (lambda: network(graph.ring(N + 1)), "the graph has 6"),
+        (lambda: Network((photonic(),), graph.ring(N), Encoding(np.ones((3, 1)))), "one row for each of 5 nodes"),
+        (lambda: network(graph.ring(N), photonic(source="guess")), "`source` must be one of"),
+        (lambda: play(network(graph.ring(N)), U[:, :1]), "`inputs` must have shape"),
+        (lambda: play(Network((photonic(),), graph.ring(N)), U), "give the network an `encoding`"),
+        (lambda: play(network(graph.ring(N)), U[:0]), "have no steps"),
+        (lambda: play(network(graph.ring(N)), U, shots=10), "go together"),
+        (lambda: play(network(graph.ring(N)), U, form="fast"), "`form` must be one of"),
+        (lambda: play(network(graph.ring(N)), U, form="parallel"), "use form 'scan'"),
+        (lambda: play(network(graph.ring(N)), U, keep=("z",)), "`keep` may name"),
+    ],
+)
+def test_bad_input_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        wrong()
+
+
+@pytest.mark.parametrize("lanes", [N, pytest.param(1, marks=pytest.mark.slow)])
+def test_series_read_in_a_network_are_those_of_the_device(lanes):
+    """The reader of two numbers a run against all levels of `respond`; overlapping pulses, readout errors."""
+    spread = np.linspace(0.97, 1.02, N) if lanes == N else 0.98
+    device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
+                          readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
+    made = network(graph.uncoupled(N), device, sizes=(N,))
+    solved = made.tabulated()
+    trace = play(solved, U, form="scan")
+    (ion,) = made.prepared().nodes
+    respond = eqx.filter_jit(lambda x, r, alone: ion.under(Settings())(x, r, alone=alone))
+    for r, population, p in ((None, "x", "p_x"), (trace.r, "y", "p_y")):
+        response = respond(trace.x_set, jnp.zeros_like(trace.x_set) if r is None else r, r is None)
+        np.testing.assert_allclose(getattr(trace, population), ion.signal(response.populations), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(getattr(trace, p), ion.assigned(response.populations), rtol=0, atol=1e-13)
+    assert np.all(trace.valid)
+    np.testing.assert_array_equal(play(made, U, form="scan").y, trace.y)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import reproduce
+from experiments import reproduce, reproduce_plots, reproduced
+from experiments.records import Run, RunFolder
+from experiments.reproduced import Reproduced
 from twin.memristor import PhotonicMemristor
 
 KEYS = ["name", "quantity", "expected", "obtained", "tolerance", "verdict"]
@@ -17,15 +19,17 @@ KEYS = ["name", "quantity", "expected", "obtained", "tolerance", "verdict"]
 @pytest.fixture(scope="module")
 def computed():
     """The rows of each name and what was said meanwhile, computed once."""
-    found = {}
+    found, arrays = {}, {}
 
     def compute(name: str) -> tuple[list[dict[str, Any]], str, str]:
         if name not in found:
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-                rows = reproduce.run(name)
-            found[name] = (rows, out.getvalue(), err.getvalue())
+                made = reproduce.NAMES[name]()
+            arrays[name] = made.arrays
+            found[name] = ([{"name": name, **row} for row in made.rows], out.getvalue(), err.getvalue())
         return found[name]
 
+    compute.arrays = arrays
     return compute
 
 
@@ -53,18 +57,20 @@ def test_the_published_statement_is_told_from_our_numbers(computed):
 
 def test_all_is_everything(monkeypatch):
     row = {"quantity": "q", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}
-    monkeypatch.setattr(reproduce, "NAMES", {"a": lambda: [row], "b": lambda: [row, row]})
+    one = lambda rows: lambda: Reproduced(rows, {})
+    monkeypatch.setattr(reproduce, "NAMES", {"a": one([row]), "b": one([row, row])})
     assert [row["name"] for row in reproduce.run("all")] == ["a", "b", "b"]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="separated-pulses, simultaneous-pulses, photonic-loop, merlin-narma, x4, all"):
+    names = "separated-pulses, simultaneous-pulses, photonic-loop, crossed-pair, merlin-narma, x4, all"
+    with pytest.raises(ValueError, match=names):
         reproduce.run("separated")
 
 
 @pytest.mark.parametrize("obtained", [1.2, float("nan")])
 def test_a_number_outside_its_tolerance_fails(obtained):
-    assert reproduce._row("q", 1.0, obtained, 0.1)["verdict"] == "fail"
+    assert reproduced.row("q", 1.0, obtained, 0.1)["verdict"] == "fail"
 
 
 def test_a_wrong_twin_is_seen(monkeypatch):
@@ -78,4 +84,41 @@ def test_a_wrong_twin_is_seen(monkeypatch):
 
 def test_richardson_removes_two_orders():
     k = np.array([100.0, 200.0, 400.0])
-    assert reproduce._extrapolated(3.0 + 2 / k - 5 / k**2) == pytest.approx(3.0, abs=1e-13)
+    assert reproduced.extrapolated(3.0 + 2 / k - 5 / k**2) == pytest.approx(3.0, abs=1e-13)
+
+
+def test_the_crossed_pair_says_what_of_the_paper_is_not_known(computed):
+    found, _, notes = computed("crossed-pair")
+    rows = {row["quantity"]: row for row in found}
+    assert "were not readable" in notes
+    assert rows["largest form factor, as published"]["expected"] == "about 0.95 (published)"
+    largest = rows["largest form factor of y_A over x_B"]
+    assert (largest["expected"], largest["tolerance"]) == (0.9516, 1e-3)
+    assert largest["obtained"] == pytest.approx(0.951581, abs=1e-6)
+    assert rows["Phi of the largest form factor (rad)"]["obtained"] < 0
+
+
+@pytest.mark.parametrize("name", reproduce.NAMES)
+def test_every_name_has_a_figure_of_its_arrays(name, computed):
+    computed(name)
+    figure = reproduce_plots.DRAWINGS[name].draw(computed.arrays[name])
+    lines = sum(len(ax.lines) + len(ax.collections) for ax in figure.axes)
+    assert lines > 0
+    assert all(ax.get_xlabel() for ax in figure.axes if ax.lines)
+
+
+def test_a_run_folder_holds_numbers_figures_and_report(computed, monkeypatch, tmp_path):
+    computed("photonic-loop")
+    row = {"quantity": "q", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}
+    made = Reproduced([row, row | {"verdict": "fail"}], computed.arrays["photonic-loop"])
+    monkeypatch.setattr(reproduce, "NAMES", {"photonic-loop": lambda: made})
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_config("# nothing to configure\n")
+        rows = reproduce.run_into("photonic-loop", folder)
+    run = Run(tmp_path / "run")
+    assert len(rows) == 2 and run.result["rows"] == rows
+    assert run.result["status"].startswith("failed: 1 of 2")
+    assert (tmp_path / "run" / "figures" / "photonic_loop.svg").stat().st_size > 1000
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "1 of 2 numbers are within their tolerance" in html and "data:image/svg+xml" in html
+    assert run.arrays["photonic_loop__x"].shape == made.arrays["x"].shape

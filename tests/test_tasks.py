@@ -90,7 +90,7 @@ def test_the_laser_pulses_and_never_repeats():
     levels = run.inputs
     np.testing.assert_array_equal(run.targets[:-1], levels[1:])
     assert np.all(levels == np.round(levels))
-    assert 180 < levels.max() < 255
+    assert 100 < levels.max() < 255
     spectrum = np.abs(np.fft.rfft(levels - levels.mean())) ** 2
     samples_a_pulse = 3000 / np.argmax(spectrum)
     assert 6.5 < samples_a_pulse < 9.5

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from twin.area_reader import Tabulated, readable, tabulated
 from twin.area_series import AreaSeries
 from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
 from twin.dynamics import StaticGrid
 from twin.graph import Graph
-from twin.loop import SOURCES, AbstractMemristor, Responder, Settings, feedback, within_rounding
+from twin.loop import SOURCES, AbstractMemristor, Settings, feedback, within_rounding
 from twin.memory import HISTORY, MovingAverage
 from twin.planning import Automatic, Lindblad, chosen
 from twin.readout import sample_counts
@@ -126,6 +127,15 @@ class Network(eqx.Module):
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
 
+    def tabulated(self) -> "Network":
+        """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
+
+        Ions without motion and slow noise become `Tabulated`; others pass. Edges and encoding may change afterwards.
+        """
+        laid = self.prepared()
+        nodes = tuple(Tabulated.of(d, _tabulated(d)) if readable(d) else d for d in laid.nodes)
+        return dataclasses.replace(self, nodes=nodes)
+
 
 class Trace(eqx.Module):
     """What happened at every node, shape (steps, nodes); None for what was not kept.
@@ -196,6 +206,8 @@ def play(
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
     network = network.prepared()
+    if not is_traced(network):
+        network = network.tabulated()  # solved apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
     if form == "scan" or order is None:
@@ -207,6 +219,8 @@ def play(
 
 def _prepared(device: AbstractMemristor) -> AbstractMemristor:
     """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
+    if isinstance(device, Tabulated):
+        return device
     memory = device.memory
     ion = getattr(device, "ion", device)
     # A traced window decides nothing here.
@@ -224,47 +238,40 @@ def _prepared(device: AbstractMemristor) -> AbstractMemristor:
     return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
 
 
-@dataclasses.dataclass(frozen=True)
+_tabulated = eqx.filter_jit(tabulated)
+
+
 class _Player:
     """One device at its work: what all cycles share is done once."""
 
-    device: AbstractMemristor
-    respond: Responder
-    place: int
+    def __init__(self, device: AbstractMemristor):
+        self.device = device
+        # Series that are being differentiated are solved here, others were before.
+        self.table = Tabulated.of(device, tabulated(device)) if readable(device) else device
+        self.respond = None if isinstance(self.table, Tabulated) else device.under(Settings())
 
-    @classmethod
-    def of(cls, network: Network) -> tuple["_Player", ...]:
-        return tuple(cls(d, d.under(Settings()), g) for g, d in enumerate(network.nodes))
+    def play(self, x_set: Array, r: Array | None) -> dict[str, Array]:
+        """Pulse 1 alone (`r` None), or both pulses."""
+        transfer = jnp.zeros_like(x_set) if r is None else r
+        if isinstance(self.table, Tabulated):
+            areas, reader = self.table.ion.areas(x_set, transfer), self.table.reader
+            *values, valid = reader.x(areas[0]) if r is None else reader.y(*areas)
+        else:
+            assert self.respond is not None
+            response = self.respond(x_set, transfer, alone=r is None)
+            values = (self.device.signal(response.populations), self.device.assigned(response.populations))
+            valid = response.valid
+        valid = valid & (x_set >= 0) & (x_set <= 1)
+        population, p = (jnp.where(valid, value, jnp.nan) for value in values)
+        names = ("x", "p_x") if r is None else ("y", "p_y")
+        return {names[0]: population, names[1]: p, "valid": valid}
 
-    def first(self, x_set, shots, key) -> dict[str, Array]:
-        """Pulse 1 alone."""
-        response = self.respond(x_set, jnp.zeros_like(x_set), alone=True)
-        valid = response.valid & (x_set >= 0) & (x_set <= 1)
-        x, p_x = self._judged(response, valid)
-        n_x = self._counts(p_x, shots, key, 0)
-        sent = jnp.where(valid, feedback(self.device, x_set, x, p_x, n_x, shots), jnp.nan)
-        return {"x": x, "p_x": p_x, "valid": valid, "sent_x": sent} | ({} if n_x is None else {"n_x": n_x})
-
-    def second(self, x_set, r, shots, key) -> dict[str, Array]:
-        """Both pulses."""
-        response = self.respond(x_set, r, alone=False)
-        valid = response.valid & (x_set >= 0) & (x_set <= 1)
-        y, p_y = self._judged(response, valid)
-        n_y = self._counts(p_y, shots, key, 1)
-        measured = self.device.source == "measured"
-        sent = n_y / shots if measured and n_y is not None else within_rounding(p_y if measured else y)
-        return {"y": y, "p_y": p_y, "valid": valid, "sent_y": sent} | ({} if n_y is None else {"n_y": n_y})
-
-    def _judged(self, response, valid) -> list[Array]:
-        values = (self.device.signal(response.populations), self.device.assigned(response.populations))
-        return [jnp.where(valid, value, jnp.nan) for value in values]
-
-    def _counts(self, p, shots, key, run: int) -> Array | None:
-        """Counts of a cycle, or of each row with a key of its own: both forms draw the same."""
-        if key is None:
-            return None
-        draw = lambda k, p: sample_counts(jax.random.fold_in(k, 2 * self.place + run), p, shots)
-        return draw(key, p) if p.ndim == 1 else jax.vmap(draw)(key, p)
+    def sent(self, run: str, known: dict[str, Array], shots) -> Array:
+        """What edges and memories see of the run "x" or "y"."""
+        population, p, counts = known[run], known[f"p_{run}"], known.get(f"n_{run}")
+        if run == "y" and self.device.source == "command":
+            return within_rounding(population)
+        return jnp.where(jnp.isnan(p), jnp.nan, feedback(self.device, known["x_set"], population, p, counts, shots))
 
 
 class _Board:
@@ -302,24 +309,29 @@ def _trace(known: dict[str, Array], keep: tuple[str, ...]) -> Trace:
 
 def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array | None, shots, key) -> None:
     """Plays pulse 1 alone (`r` None) or both pulses on the nodes that are `here`, and puts down what came out."""
-    for player, group in zip(players, board.groups, strict=True):
-        if not here[group].any():
-            continue
-        own_x, own_r = (None if a is None else a[..., group] for a in (x_set, r))
-        safe_x, safe_r = (
-            a if a is None or here[group].all() else jnp.where(here[group], a, _SAFE) for a in (own_x, own_r)
-        )
-        if own_r is None:
-            new = {"x_set": own_x} | player.first(safe_x, shots, key)
-        else:
-            new = {"r": own_r} | player.second(safe_x, safe_r, shots, key)
-        board.put(player.place, here[group], new)
+    run = "x" if r is None else "y"
+    concerned = [(g, player, group) for g, (player, group) in enumerate(zip(players, board.groups, strict=True))
+                 if here[group].any()]  # fmt: skip
+    for g, player, group in concerned:
+        own = [None if a is None else a[..., group] for a in (x_set, r)]
+        safe = [a if a is None or here[group].all() else jnp.where(here[group], a, _SAFE) for a in own]
+        set_point = {"x_set": own[0]} if own[1] is None else {"r": own[1]}
+        board.put(g, here[group], set_point | player.play(*safe))
+    if key is not None:
+        # All nodes draw together, each cycle with a key of its own: both forms draw the same.
+        p = board.all(f"p_{run}")
+        draw = lambda k, p: sample_counts(jax.random.fold_in(k, run == "y"), p, shots)
+        counts = draw(key, p) if p.ndim == 1 else jax.vmap(draw)(key, p)
+        for g, _, group in concerned:
+            board.put(g, here[group], {f"n_{run}": counts[..., group]})
+    for g, player, group in concerned:
+        board.put(g, here[group], {f"sent_{run}": player.sent(run, board.values[g], shots)})
 
 
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     n, wiring = network.graph.nodes, network.graph.wiring
-    edges, players = couplings(network.graph), _Player.of(network)
+    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = wiring.step_ranks
 
@@ -367,7 +379,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     wiring = network.graph.wiring
-    edges, players = couplings(network.graph), _Player.of(network)
+    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy import sparse
 
 import experiments  # noqa: F401  (64-bit JAX)
 from calibration.capacity import capacities, terms_up_to
@@ -151,7 +152,7 @@ def echo_states(setting: Setting, seed: int, inputs: Float[np.ndarray, "runs ste
         units=NODES, sr=setting.reach, lr=1.0, input_scaling=setting.coupling, input_connectivity=1.0, seed=seed
     )
     node.initialize(fed[0])
-    own, driven = (np.asarray(m.todense()) if hasattr(m, "todense") else np.asarray(m) for m in (node.W, node.Win))
+    own, driven = (sparse.csr_array(m).toarray() for m in (node.W, node.Win))
     state, states = np.zeros((len(fed), NODES)), []
     for k in range(fed.shape[1]):
         state = np.tanh(state @ own.T + fed[:, k] @ driven.T)
@@ -159,12 +160,18 @@ def echo_states(setting: Setting, seed: int, inputs: Float[np.ndarray, "runs ste
     return np.stack(states, axis=1)
 
 
-_solve = jax.jit(jax.vmap(lambda f, t: chosen_readout(f, t, SPLIT)))
+_said: Any = jax.vmap(lambda readout, features: readout(features))
+_solve: Any = jax.jit(jax.vmap(lambda f, t: chosen_readout(f, t, SPLIT)))
+
+
+@functools.cache
+def _runs(task: str, seeds: range) -> list[tasks.Series]:
+    return [tasks.SERIES[task](seed, STEPS) for seed in seeds]
 
 
 def series_scores(task: str, model: str, shots: int | None, seeds: range) -> list[float]:
     """Test errors, seed by seed: normalized error, or the share of wrong steps where classes are told apart."""
-    runs = [tasks.SERIES[task](seed, STEPS) for seed in seeds]
+    runs = _runs(task, seeds)
     inputs = np.stack([run.scaled for run in runs])[..., None]
     targets = jnp.asarray(np.stack([run.targets for run in runs]))
     found = []
@@ -174,7 +181,7 @@ def series_scores(task: str, model: str, shots: int | None, seeds: range) -> lis
         errors = chosen.test
         if task == "sine or square":
             test = SPLIT.parts[2]
-            said = jax.vmap(lambda r, f: r(f))(chosen.readout, seen[:, test])
+            said = _said(chosen.readout, seen[:, test])
             errors = jnp.mean((said > 0.5) != (targets[:, test] > 0.5), axis=1)
         found.append((np.asarray(chosen.validation), np.asarray(errors)))
     return _best(found)
@@ -183,7 +190,7 @@ def series_scores(task: str, model: str, shots: int | None, seeds: range) -> lis
 def _best(found: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     """Test scores under the setting of the smallest validation error, seed by seed."""
     validation, scores = (np.stack(part) for part in zip(*found, strict=True))
-    if not np.all(np.isfinite(validation)):
+    if not (np.all(np.isfinite(validation)) and np.all(np.isfinite(scores))):
         raise ValueError("a reservoir left its range: a command was outside [0, 1].")
     return scores[np.argmin(validation, axis=0), np.arange(scores.shape[1])].tolist()
 
@@ -249,7 +256,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean, and the 95 % interval of the mean by bootstrap over the seeds."""
     rng = np.random.default_rng(0)
     means = np.mean(rng.choice(values, (10_000, len(values))), axis=1)
-    return float(np.mean(values)), *(float(q) for q in np.quantile(means, [0.025, 0.975]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.mean(values)), float(low), float(high)
 
 
 def label(task: str, model: str, shots: int | None) -> str:
@@ -314,12 +322,12 @@ def scale() -> None:
 
         def one(own):
             network = Network((PhotonicMemristor(memory=Exponential(own)),), uncoupled(block))
-            y = play(network, jnp.broadcast_to(u, (steps, block)), keep=("y",)).y
+            y: Any = play(network, jnp.broadcast_to(u, (steps, block)), keep=("y",)).y
             return y[-1], y.mean(axis=0)
 
         return jax.lax.map(one, tau)
 
-    for name, work, args, size in (
+    timed: list[tuple[str, Any, tuple, float]] = [
         (f"{count} nodes, {steps} steps, uncoupled", outputs, (tau, u), count * steps),
         (
             "256 hyper-parameters, 100 nodes, 2,000 steps, with read-out",
@@ -327,7 +335,8 @@ def scale() -> None:
             (jnp.geomspace(2, 200, 256),),
             256 * 2e5,
         ),
-    ):
+    ]
+    for name, work, args, size in timed:
         began = time.perf_counter()
         jax.block_until_ready(work(*args))
         first = time.perf_counter() - began
