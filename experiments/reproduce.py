@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from scipy.optimize import minimize
 
-from experiments import crossed_pair, report
+from experiments import crossed_pair, report, reproduce_reservoirs
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
 from experiments.reproduced import Reproduced, Row, extrapolated, row
@@ -273,5 +273,7 @@ NAMES: dict[str, Callable[[], Reproduced]] = {
     "simultaneous-pulses": _simultaneous,
     "photonic-loop": _photonic_loop,
     "crossed-pair": crossed_pair.compute,
+    "merlin-narma": reproduce_reservoirs.merlin_narma,
+    "x4": reproduce_reservoirs.fourth_power,
 }
 """What can be reproduced; `experiments.reproduce_plots` has the figure of each."""

@@ -120,6 +120,58 @@ def crossed_pair(columns: Columns) -> Figure:
     return figure
 
 
+@styled
+def merlin_narma(columns: Columns) -> Figure:
+    """Errors of MerLin's models against the memory of the memristor, and one prediction.
+
+    Args:
+        columns: `tau_cycles`, `error` of shape (tau, seeds); `merlin_tau_cycles`, `merlin_error`; `classical_error`,
+            shape (models, seeds); `target`, `predicted`, shape (steps,).
+    """
+    figure, (left, right) = figure_of(2, 3.4, 4.6)
+    error = columns["error"]
+    left.errorbar(columns["tau_cycles"], error.mean(axis=1), error.std(axis=1), fmt="o-", color=BLUE, capsize=3,
+                  label="memristor")  # fmt: skip
+    left.plot(columns["merlin_tau_cycles"], columns["merlin_error"], "x", color="black", ms=9, label="MerLin")
+    for name, errors, style in zip(("L", "Q", "L+M", "Q+M"), columns["classical_error"], ("-", "--", "-.", ":"),
+                                   strict=True):  # fmt: skip
+        left.axhline(errors.mean(), color=GREY, ls=style, lw=1.2, label=name)
+    left.set(xscale="log", yscale="log", xlabel="τ (cycles)", ylabel="test MSE", ylim=(1.4e-5, 2e-3))
+    left.legend(fontsize=8, ncols=2, loc="upper right")
+    part = slice(-100, -40)
+    steps = np.arange(len(columns["target"]))[part]
+    right.plot(steps, columns["target"][part], color="black", lw=1.2, label="target")
+    right.plot(steps, columns["predicted"][part], "o", color=BLUE, ms=4, mfc="none", label="read-out, τ = 5")
+    right.set(xlabel="step", ylabel="y", title="part of the test")
+    right.legend(fontsize=8)
+    return figure
+
+
+@styled
+def fourth_power(columns: Columns) -> Figure:
+    """What the models of x^4 say, and how the errors of the memristor scatter over its runs.
+
+    Args:
+        columns: `x`, `linear`, `no_memristor`, `memristor`, shape (points,); `first_test_x`; `error`, `best_error`.
+    """
+    figure, (left, right) = figure_of(2, 3.4, 4.6)
+    x = columns["x"]
+    left.plot(x, x**4, color="black", label="x⁴")
+    for name, colour, style in (("linear", GREY, ":"), ("no_memristor", ORANGE, "--"), ("memristor", BLUE, "o")):
+        left.plot(x, columns[name], style, color=colour, ms=3, label=name.replace("_", " "))
+    left.axvline(columns["first_test_x"] - (x[1] - x[0]) / 2, color=GREY, lw=0.8)
+    left.set(xlabel="x", ylabel="read-out", title="test: right of the line")
+    left.legend(fontsize=8)
+    error, best = columns["error"], columns["best_error"]
+    bins = np.geomspace(error.min(), error.max(), 30)
+    right.hist(error, bins, color=BLUE, alpha=0.5, label=f"{error.size} runs")
+    right.hist(best, bins, color=ORANGE, label="best of ten")
+    right.axvline(1.5e-3, color="black", ls="--", label="MerLin")
+    right.set(xscale="log", xlabel="test MSE of the memristor", ylabel="runs")
+    right.legend(fontsize=8)
+    return figure
+
+
 DRAWINGS: dict[str, Drawing] = {
     "separated-pulses": Drawing(
         "Separated pulses",
@@ -137,5 +189,17 @@ DRAWINGS: dict[str, Drawing] = {
         "Loops of A over the input of B (line) and over its own (dashed), played as networks; arrows show the order of "
         "the cycles. Last: form factor of the former by the closed form; cross: the largest one of this grid.",
         crossed_pair,
+    ),
+    "merlin-narma": Drawing(
+        "MerLin's NARMA task",
+        "Left: errors against the memory; bars: one standard deviation over the seeds; x: as MerLin reports them. "
+        "Right: target and read-out of one seed.",
+        merlin_narma,
+    ),
+    "x4": Drawing(
+        "MerLin's function task",
+        "Left: the models, the memristor as the best of ten runs in a group of median best. Right: all runs, and the "
+        "best of each ten.",
+        fourth_power,
     ),
 }

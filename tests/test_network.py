@@ -93,7 +93,7 @@ def test_an_unconnected_network_is_a_batch_of_memristors():
 
 
 MIXED = (
-    photonic(np.array([2.0, 3.0]), loss=0.1, readout_error_dark=0.02),
+    photonic(np.array([2.0, 3.0]), loss=0.1, efficiency=0.98),
     IonMemristor(memory=MovingAverage(3.5), rabi_scale_1=np.array([0.98, 1.01, 1.0]), readout_error_bright=0.01),
 )
 

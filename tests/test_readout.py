@@ -1,185 +1,129 @@
-"""Readout errors and shot noise."""
+"""The ridge read-out is the exact minimum, its gradient is right, and its strength is chosen without the test part."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate, stats
 
-from twin.readout import (
-    assignment_probability,
-    bright_photons,
-    dark_photons,
-    sample_counts,
-    standard_error,
-    threshold_errors,
-)
+from calibration.readout import Readout, Split, accuracy, chosen_readout, mse, nmse, ridge_path, ridge_readout
+
+RNG = np.random.default_rng(0)
+FEATURES = jnp.asarray(RNG.normal(size=(60, 5)) + 3.0)
+TARGETS = jnp.asarray(RNG.normal(size=(60, 2)) - 7.0)
 
 
-def test_assignment_mixes_the_two_outcomes():
-    assert assignment_probability(1.0, 0.02, 0.03) == pytest.approx(0.97, rel=1e-15)
-    assert assignment_probability(0.0, 0.02, 0.03) == pytest.approx(0.02, rel=1e-15)
-    assert assignment_probability(0.4, 0.02, 0.03) == pytest.approx(0.4 * 0.97 + 0.6 * 0.02, rel=1e-15)
-    p = jnp.linspace(0, 1, 11)
-    np.testing.assert_array_equal(assignment_probability(p, 0, 0), p)
-    np.testing.assert_allclose(assignment_probability(p, 0.5, 0.5), 0.5)
+def objective(readout: Readout, ridge: float):
+    return jnp.sum((readout(FEATURES) - TARGETS) ** 2) + ridge * jnp.sum(readout.weights**2)
 
 
-def test_assignment_derivatives():
-    # dP/dp = 1 - e_b - e_d, dP/de_b = 1 - p, dP/de_d = -p.
-    gradient = jax.grad(assignment_probability, argnums=(0, 1, 2))(0.4, 0.02, 0.03)
-    np.testing.assert_allclose(gradient, [0.95, 0.6, -0.4], rtol=1e-14)
+@pytest.mark.parametrize("solver", ["qr", "gram"])
+@pytest.mark.parametrize("ridge", [0.0, 0.3, 50.0])
+def test_the_objective_is_at_rest_in_weights_and_bias(ridge, solver):
+    """Its gradient vanishes there, with a bias that carries no penalty."""
+    readout = ridge_readout(FEATURES, TARGETS, ridge, solver=solver)
+    slope = jax.grad(objective)(readout, ridge)
+    assert jnp.max(jnp.abs(slope.weights)) < 1e-10
+    assert jnp.max(jnp.abs(slope.bias)) < 1e-10
 
 
-@pytest.mark.parametrize("bad", [-0.01, 1.01, np.nan])
-def test_readout_errors_outside_the_unit_interval_are_refused(bad):
-    with pytest.raises(ValueError, match=r"`readout_error_bright` must be in \[0, 1\], but is"):
-        assignment_probability(0.5, bad, 0.0)
-    with pytest.raises(ValueError, match=r"`readout_error_dark` must be in \[0, 1\], but is"):
-        assignment_probability(0.5, 0.0, jnp.array([0.1, bad]))
-    p = jax.jit(assignment_probability)(0.5, jnp.array([0.1, bad]), 0.0)
-    np.testing.assert_array_equal(jnp.isnan(p), [False, True])
+def test_scikit_learn_finds_the_same():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    peer = linear_model.Ridge(alpha=0.7).fit(np.asarray(FEATURES), np.asarray(TARGETS))
+    readout = ridge_readout(FEATURES, TARGETS, 0.7)
+    np.testing.assert_allclose(readout.weights, peer.coef_.T, rtol=1e-10)
+    np.testing.assert_allclose(readout.bias, peer.intercept_, rtol=1e-10)
 
 
-def test_projection_noise():
-    assert standard_error(0.42, 200) == pytest.approx(0.034900, rel=1e-5)
-    np.testing.assert_allclose(standard_error(jnp.array([0.5, 0.0, 1.0]), 100), [0.05, 0, 0])
-    assert np.isnan(standard_error(1.1, 100))
+def test_a_shift_of_the_features_changes_the_bias_alone():
+    one, other = (ridge_readout(f, TARGETS, 5.0) for f in (FEATURES, FEATURES + 100.0))
+    np.testing.assert_allclose(one.weights, other.weights, rtol=1e-9)
+    np.testing.assert_allclose(one(FEATURES), other(FEATURES + 100.0), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("p", "shots"), [(0.42, 200), (0.03, 40), (0.97, 1000), (0.4, 1)])
-def test_counts_follow_the_binomial_law(p, shots):
-    lanes = 20000
-    counts = np.asarray(sample_counts(jax.random.key(0), jnp.full(lanes, p), shots))
-    assert ((counts >= 0) & (counts <= shots) & (counts == np.floor(counts))).all()
-    # Five standard deviations of the sample mean and of the sample variance.
-    law = stats.binom(shots, p)
-    variance, excess = law.stats(moments="vk")
-    assert counts.mean() == pytest.approx(law.mean(), abs=5 * np.sqrt(variance / lanes))
-    assert counts.var() == pytest.approx(variance, abs=5 * variance * np.sqrt((2 + excess) / lanes) + 1e-12)
-    assert (counts / shots).std() == pytest.approx(float(standard_error(p, shots)), rel=0.03)
-    # The whole histogram: cells with fewer than five expected counts are merged into the tails.
-    n = np.arange(shots + 1)
-    expected = lanes * law.pmf(n)
-    full = expected >= 5
-    observed = np.bincount(counts.astype(int), minlength=shots + 1)
-    cells = np.r_[observed[full], observed[~full].sum()], np.r_[expected[full], expected[~full].sum()]
-    chi2 = np.sum((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1e-9))
-    assert chi2 < stats.chi2(full.sum()).ppf(1 - 1e-5)
+def test_qr_keeps_the_digits_that_products_lose():
+    """Two features that differ by one part in a hundred million, told apart exactly by their weights."""
+    common, own = RNG.normal(size=(2, 200))
+    features = jnp.stack([jnp.asarray(common), jnp.asarray(common + 1e-8 * own)], axis=1)
+    wanted = jnp.asarray(own)
+    assert mse(ridge_readout(features, wanted, 0.0)(features), wanted) < 1e-12
+    assert not mse(ridge_readout(features, wanted, 0.0, solver="gram")(features), wanted) < 1e-3
 
 
-def test_counts_are_those_of_their_key():
-    p, shots = jnp.linspace(0.1, 0.9, 50), jnp.full(50, 300)
-    first = sample_counts(jax.random.key(1), p, shots)
-    np.testing.assert_array_equal(first, sample_counts(jax.random.key(1), p, shots))
-    assert (first != sample_counts(jax.random.key(2), p, shots)).any()
+def test_features_that_repeat_have_no_unique_readout_without_a_ridge():
+    twice = jnp.concatenate([FEATURES, FEATURES], axis=1)
+    assert jnp.all(jnp.isnan(ridge_readout(twice, TARGETS, 0.0).weights))
+    halves = ridge_readout(twice, TARGETS, 0.2).weights
+    np.testing.assert_allclose(halves[:5], halves[5:], rtol=1e-9)
 
 
-def test_lanes_are_independent():
-    counts = sample_counts(jax.random.key(3), jnp.full((2, 20000), 0.3), 50)
-    assert abs(np.corrcoef(counts)[0, 1]) < 5 / np.sqrt(20000)
+def test_a_path_is_many_readouts():
+    readouts, strengths = ridge_path(FEATURES, TARGETS, jnp.array([1e-6, 1e-2, 1.0]))
+    for k, strength in enumerate(strengths):
+        alone = ridge_readout(FEATURES, TARGETS, strength)
+        np.testing.assert_allclose(readouts.weights[k], alone.weights, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(readouts.bias[k], alone.bias, rtol=1e-8)
 
 
-def test_certain_outcomes_and_no_shots():
-    counts = sample_counts(
-        jax.random.key(0), jnp.array([0.0, 1.0, 0.5, -1e-9, 1 + 1e-9]), jnp.array([80, 80, 0, 80, 80])
-    )
-    np.testing.assert_array_equal(counts, [0, 80, 0, 0, 80])
+def test_gradients_go_through_the_solution():
+    def loss(stretch):
+        features = jnp.tanh(stretch * (FEATURES - 3.0))
+        readout = ridge_readout(features[:40], TARGETS[:40, 0], 0.1)
+        return nmse(readout(features[40:]), TARGETS[40:, 0])
+
+    step = 1e-5
+    difference = (loss(0.8 + step) - loss(0.8 - step)) / (2 * step)
+    assert jax.grad(loss)(0.8) == pytest.approx(float(difference), rel=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("p", "shots", "sentence"),
-    [
-        (-0.01, 10, r"`probability` must be in \[0, 1\], but is -0.01"),
-        (1.2, 10, r"`probability` must be in \[0, 1\], but is 1.2"),
-        (0.5, -1, "`shots` must be a non-negative whole number, but is -1"),
-        (0.5, 2.5, "`shots` must be a non-negative whole number, but is 2.5"),
-    ],
-)
-def test_bad_samples_are_refused(p, shots, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        sample_counts(jax.random.key(0), p, shots)
-    lanes = jax.jit(lambda p, n: sample_counts(jax.random.key(0), p, n))(jnp.array([0.3, p]), jnp.array([10.0, shots]))
-    np.testing.assert_array_equal(jnp.isnan(lanes), [False, True])
+def test_readouts_are_solved_in_batches():
+    batch = jnp.stack([FEATURES, FEATURES**2])
+    together = jax.vmap(ridge_readout, in_axes=(0, None, None))(batch, TARGETS, 0.1)
+    np.testing.assert_allclose(together.weights[1], ridge_readout(FEATURES**2, TARGETS, 0.1).weights, rtol=1e-9)
 
 
-def test_an_invalid_lane_stays_invalid_and_alone():
-    p = jnp.full(20, 0.3)
-    clean, dirty = (sample_counts(jax.random.key(5), q, 100) for q in (p, p.at[4].set(jnp.nan)))
-    assert np.isnan(dirty[4])
-    np.testing.assert_array_equal(np.delete(clean, 4), np.delete(dirty, 4))
+def test_the_test_part_decides_nothing():
+    split = Split(5, 25, 15, 15)
+    one = chosen_readout(FEATURES, TARGETS[:, 0], split)
+    other = chosen_readout(FEATURES, TARGETS[:, 0].at[45:].set(RNG.normal(size=15)), split)
+    assert one.ridge == other.ridge
+    np.testing.assert_array_equal(one.readout.weights, other.readout.weights)
+    assert one.test != other.test
 
 
-def test_a_new_value_does_not_recompile():
-    traces = []
-
-    @jax.jit
-    def draw(key, p, shots, e_bright):
-        traces.append(None)
-        return sample_counts(key, assignment_probability(p, e_bright, 0.0), shots)
-
-    for seed in range(3):
-        draw(jax.random.key(seed), 0.1 * seed, 100.0 + seed, 0.01 * seed)
-    assert len(traces) == 1
-
-
-# Detected photons a second of the ion and of the background, and the lifetime of 2D3/2.
-LAB = {"bright_rate_per_s": 50e3, "background_rate_per_s": 0.5e3, "lifetime_s": 52.7e-3}
+def test_the_strength_with_the_smallest_validation_error_is_chosen():
+    split, wanted = Split(5, 25, 15, 15), TARGETS[:, 0]
+    shares = jnp.array([1e-8, 1e-2, 1.0, 100.0])
+    path, _ = ridge_path(FEATURES[5:30], wanted[5:30], shares)
+    errors = [nmse(Readout(w, b)(FEATURES[30:45]), wanted[30:45]) for w, b in zip(path.weights, path.bias, strict=True)]
+    chosen = chosen_readout(FEATURES, wanted, split, tuple(shares.tolist()))
+    assert chosen.validation == pytest.approx(float(min(errors)), rel=1e-9)
+    best = int(np.argmin(errors))
+    _, strengths = ridge_path(FEATURES[5:45], wanted[5:45], shares)
+    assert chosen.ridge == pytest.approx(float(strengths[best]))
 
 
-def photon_laws(detection_s):
-    n = jnp.arange(int(120e3 * detection_s) + 40)
-    rates = LAB["bright_rate_per_s"], LAB["background_rate_per_s"], detection_s
-    return bright_photons(n, *rates), dark_photons(n, *rates, LAB["lifetime_s"])
+def test_parts_of_a_record():
+    assert Split(2, 3, 4, 5).parts == (slice(2, 5), slice(5, 9), slice(9, 14))
+    Split(2, 3, 4, 5).check(14)
+    with pytest.raises(ValueError, match="take 14 steps, but the record has 13"):
+        Split(2, 3, 4, 5).check(13)
+    with pytest.raises(ValueError, match="at least one step"):
+        Split(2, 3, 4, 0).check(13)
+    with pytest.raises(ValueError, match="validation part"):
+        chosen_readout(FEATURES, TARGETS, Split(2, 3, 0, 5))
 
 
-@pytest.mark.parametrize(
-    ("detection_s", "threshold", "dark", "bright"), [(0.3e-3, 4, 4.24e-3, 1.87e-4), (1e-3, 30, 7.75e-3, 7.3e-4)]
-)
-def test_threshold_errors_of_the_reference(detection_s, threshold, dark, bright):
-    e_bright, e_dark = threshold_errors(threshold, **LAB, detection_s=detection_s)
-    assert e_dark == pytest.approx(dark, rel=2e-3)
-    assert e_bright == pytest.approx(bright, rel=1e-2)
-    laws = photon_laws(detection_s)
-    assert e_bright == pytest.approx(float(jnp.sum(laws[0][:threshold])), rel=1e-10)
-    assert e_dark == pytest.approx(float(jnp.sum(laws[1][threshold:])), rel=1e-9)
+def test_measures_of_error():
+    targets = jnp.array([[0.0], [1.0], [2.0], [3.0]])
+    assert nmse(jnp.full((4, 1), 1.5), targets) == pytest.approx(1.0)
+    assert mse(targets + 0.5, targets) == pytest.approx(0.25)
+    assert accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])) == 0.5
 
 
-@pytest.mark.parametrize("detection_s", [0.3e-3, 1e-3])
-def test_photon_laws_are_normalized_and_those_of_a_decay_in_time(detection_s):
-    bright, dark = photon_laws(detection_s)
-    np.testing.assert_allclose([jnp.sum(bright), jnp.sum(dark)], 1, atol=1e-12)
-    shining, background, lifetime = LAB["bright_rate_per_s"], LAB["background_rate_per_s"], LAB["lifetime_s"]
-    for n in (0, 1, 5, 17, 40):
-        mean = lambda u: background * detection_s + shining * (detection_s - u)
-        decayed = lambda u, n=n, mean=mean: np.exp(-u / lifetime) / lifetime * stats.poisson.pmf(n, mean(u))
-        late, _ = integrate.quad(decayed, 0, detection_s, epsabs=1e-14, epsrel=1e-11, limit=200)
-        never = np.exp(-detection_s / lifetime) * stats.poisson.pmf(n, background * detection_s)
-        assert dark[n] == pytest.approx(never + late, rel=1e-9, abs=1e-14)
-
-
-def test_photon_counts_of_simulated_shots():
-    rng, shots, t = np.random.default_rng(4), 400_000, 0.3e-3
-    after = np.maximum(t - rng.exponential(LAB["lifetime_s"], shots), 0)
-    seen = rng.poisson(LAB["background_rate_per_s"] * t + LAB["bright_rate_per_s"] * after)
-    _, e_dark = threshold_errors(4, **LAB, detection_s=t)
-    assert np.mean(seen >= 4) == pytest.approx(e_dark, abs=5 * np.sqrt(e_dark / shots))
-
-
-def test_threshold_errors_have_slopes_in_every_number():
-    names = ("bright_rate_per_s", "background_rate_per_s", "detection_s", "lifetime_s")
-    point = np.array([50e3, 0.5e3, 0.3e-3, 52.7e-3])
-    errors = lambda v: jnp.stack(threshold_errors(4, **dict(zip(names, v, strict=True))))
-    slopes = jax.jacrev(errors)(jnp.asarray(point))
-    for k in range(4):
-        step = 1e-5 * point * (np.arange(4) == k)
-        difference = (errors(point + step) - errors(point - step)) / (2e-5 * point[k])
-        np.testing.assert_allclose(slopes[:, k], difference, rtol=1e-6, atol=1e-12 / point[k])
-
-
-def test_bad_photon_laws_are_refused():
-    with pytest.raises(ValueError, match="`threshold` must be at least 1, but is 0"):
-        threshold_errors(0, **LAB, detection_s=1e-3)
-    with pytest.raises(ValueError, match=r"`bright_rate_per_s \* lifetime_s` must be larger than 1, but is 0.5"):
-        dark_photons(2, 10.0, 0.0, 1e-3, 0.05)
-    assert np.isnan(jax.jit(dark_photons)(2, 10.0, 0.0, 1e-3, 0.05))
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="`ridge` must be zero or positive"):
+        ridge_readout(FEATURES, TARGETS, -1.0)
+    with pytest.raises(ValueError, match='"qr" or "gram"'):
+        ridge_readout(FEATURES, TARGETS, 1.0, solver="svd")
+    with pytest.raises(ValueError, match="features have 60 steps, targets 59"):
+        ridge_readout(FEATURES, TARGETS[1:], 1.0)

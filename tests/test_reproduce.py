@@ -63,7 +63,8 @@ def test_all_is_everything(monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="separated-pulses, simultaneous-pulses, photonic-loop, crossed-pair, all"):
+    names = "separated-pulses, simultaneous-pulses, photonic-loop, crossed-pair, merlin-narma, x4, all"
+    with pytest.raises(ValueError, match=names):
         reproduce.run("separated")
 
 

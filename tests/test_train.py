@@ -1,0 +1,143 @@
+"""Reservoirs: what the read-out sees, gradients through network and solution, and training that lowers the error."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calibration.readout import Split
+from calibration.train import Free, Reservoir, _with, score, train_devices, train_readout
+from experiments.tasks import second_order_narma
+from twin.graph import ring, uncoupled
+from twin.memory import Exponential, MovingAverage
+from twin.memristor import PhotonicMemristor
+from twin.network import Encoding, Network, play
+
+RUN = second_order_narma(0, 400)
+INPUTS, TARGETS = jnp.asarray(RUN.scaled)[:, None], jnp.asarray(RUN.targets)
+SPLIT = Split(20, 150, 130, 100)
+
+
+def reservoir(nodes=4, tau=None, weight=0.0, graph=None, **more) -> Reservoir:
+    tau = jnp.linspace(1.5, 8.0, nodes) if tau is None else tau
+    graph = graph or (ring(nodes, weight) if weight else uncoupled(nodes))
+    encoding = Encoding(jnp.linspace(0.2, 0.6, nodes)[:, None], jnp.linspace(0.05, 0.2, nodes))
+    return Reservoir(Network((PhotonicMemristor(memory=Exponential(tau)),), graph, encoding), **more)
+
+
+FREE = {
+    "tau": Free(lambda n: n.nodes[0].memory.tau_cycles, 1.0, 30.0),
+    "encoding": Free(lambda n: n.encoding.weights, 0.0, 0.7),
+}
+
+
+def test_the_read_out_sees_what_is_measured():
+    """Errors of a detector belong to the features; counts estimate them."""
+    with_errors = eqx.tree_at(lambda r: r.network.nodes[0].loss, reservoir(seen=("x", "y")), jnp.asarray(0.2))
+    trace = play(with_errors.network, INPUTS)
+    features = with_errors.features(INPUTS)
+    np.testing.assert_array_equal(features, jnp.concatenate([trace.p_x, trace.p_y], axis=1))
+    shots = 200
+    counted = with_errors.features(INPUTS, shots=shots, key=jax.random.key(0))
+    np.testing.assert_allclose(counted * shots, jnp.round(counted * shots), atol=1e-10)
+    pull = (counted[:, :4] - features[:, :4]) / jnp.sqrt(features[:, :4] * (1 - features[:, :4]) / shots)
+    assert jnp.std(pull) == pytest.approx(1.0, abs=0.1)
+
+
+def test_commands_outside_their_range_are_not_read_out():
+    bad = eqx.tree_at(lambda r: r.network.encoding.bias, reservoir(), jnp.array([0.1, 0.9, 0.1, 0.1]))
+    features = bad.features(INPUTS)
+    assert jnp.any(jnp.isnan(features[:, 1]))
+    assert jnp.all(jnp.isfinite(features[:, 0]))
+    assert jnp.isnan(score(bad, INPUTS, TARGETS, SPLIT, 1e-6))
+
+
+def test_a_trained_reservoir_predicts():
+    trained, chosen = train_readout(reservoir(), INPUTS, TARGETS, SPLIT)
+    predicted = trained(INPUTS)
+    test = SPLIT.parts[2]
+    error = jnp.mean((predicted[test] - TARGETS[test]) ** 2) / jnp.var(TARGETS[test])
+    assert chosen.test == pytest.approx(float(error), rel=1e-9)
+    assert chosen.test < 0.45
+    with pytest.raises(ValueError, match="no read-out yet"):
+        reservoir()(INPUTS)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_gradients_go_through_network_and_solution(weight):
+    """Of the validation error, by finite differences, with outputs that come back and without."""
+    whole, free = reservoir(weight=weight), tuple(FREE.values())
+    point = jnp.asarray(np.random.default_rng(1).normal(size=8))
+    loss = eqx.filter_jit(lambda p: score(_with(whole, free, p), INPUTS, TARGETS, SPLIT, 1e-4))
+    slope, step = eqx.filter_jit(jax.grad(loss))(point), 1e-5
+    for k in range(8):
+        move = step * jnp.eye(8)[k]
+        difference = (loss(point + move) - loss(point - move)) / (2 * step)
+        assert slope[k] == pytest.approx(float(difference), rel=1e-6, abs=1e-9)
+
+
+def test_training_lowers_the_error_of_both_parts():
+    start = reservoir(tau=jnp.array([20.0, 21.0, 22.0, 23.0]))
+    told = []
+    training = train_devices(
+        start, INPUTS, TARGETS, SPLIT, FREE, iterations=40, on_progress=lambda done, _: told.append(done)
+    )
+    assert training.after < 0.7 * training.before
+    assert training.test_after < 0.8 * training.test_before
+    assert training.before == pytest.approx(float(score(start, INPUTS, TARGETS, SPLIT, 1e-6)))
+    tau = training.reservoir.network.nodes[0].memory.tau_cycles
+    assert jnp.all((tau > 1.0) & (tau < 30.0))
+    test = SPLIT.parts[2]
+    predicted = training.reservoir(INPUTS)[test]
+    assert jnp.mean((predicted - TARGETS[test]) ** 2) / jnp.var(TARGETS[test]) == pytest.approx(training.test_after)
+    assert told[-1] == 40
+
+
+def test_hyper_parameters_are_scored_in_batches():
+    """A mapped score is the score of each; so are windows of moving averages, which are traced there."""
+
+    def of(window):
+        whole = reservoir()
+        memory = MovingAverage(window * jnp.ones(4))
+        return score(
+            eqx.tree_at(lambda r: r.network.nodes[0].memory, whole, memory), INPUTS, TARGETS, SPLIT, 1e-6, part="test"
+        )
+
+    windows = jnp.array([1.0, 3.5, 9.0])
+    together = eqx.filter_vmap(of)(windows)
+    assert together.shape == (3,)
+    np.testing.assert_allclose(together, [of(w) for w in windows], rtol=1e-6)
+
+
+def test_an_output_of_its_own_memory_is_a_network_too():
+    """MerLin's node, whose memory averages its own output: by the network and by its recurrence."""
+    from experiments.reproduce_reservoirs import own_output
+    from twin.graph import self_edges
+
+    x = 1 - jnp.asarray(RUN.inputs[:60, None]) ** 2 * jnp.ones(2)
+    tau = jnp.array([3.0, 5.0])
+    network = Network(
+        (PhotonicMemristor(memory=Exponential(tau), source="model"),), self_edges(2, kind="memory", of="y")
+    )
+    y = play(network, x).y
+    np.testing.assert_allclose(y, own_output(tau, x)[:, 1], rtol=1e-13)
+    r, rows = 0.5, []
+    for x_k in np.asarray(x[:, 1]):
+        rows.append((1 - r) * x_k)
+        r += (rows[-1] - r) / 5.0
+    np.testing.assert_allclose(y[:, 1], rows, rtol=1e-13)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="`seen` must name some of"):
+        reservoir(seen=())
+    with pytest.raises(ValueError, match="`free` names no parameter"):
+        train_devices(reservoir(), INPUTS, TARGETS, SPLIT, {})
+    narrow = {"tau": Free(FREE["tau"].where, 1.0, 5.0)}
+    with pytest.raises(ValueError, match="'tau' must lie between its bounds 1 and 5, but is"):
+        train_devices(reservoir(), INPUTS, TARGETS, SPLIT, narrow)
+    with pytest.raises(ValueError, match="`part` must be"):
+        score(reservoir(), INPUTS, TARGETS, Split(20, 150, 0, 60), 1e-6)
+    with pytest.raises(ValueError, match="but the record has 400"):
+        score(reservoir(), INPUTS, TARGETS, Split(20, 150, 130, 101), 1e-6)
