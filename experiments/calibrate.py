@@ -305,4 +305,4 @@ def _rows(table: LoopTable, prediction: Prediction) -> xr.Dataset:
 
 
 def _standard_errors(observed: Observations, p: np.ndarray) -> np.ndarray:
-    return np.where(np.asarray(observed.measured), np.sqrt(np.asarray(observed.variance(p))), np.nan)
+    return np.where(np.asarray(observed.measured), np.sqrt(np.asarray(observed.variance(jnp.asarray(p)))), np.nan)
