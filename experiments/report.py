@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from calibration.formats import write_atomic
-from experiments import control_plots, plots, trap_plots
+from experiments import control_plots, plots, transfer_plots, trap_plots
 from experiments.listings import listing
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
@@ -43,6 +43,7 @@ _TITLES = {
     "design": "Next measurement",
     "predict": "Prediction",
     "trap": "Trap, chain and modes",
+    "transfer": "Transfer between platforms",
 }
 
 
@@ -165,6 +166,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         yield from _check_pictures(result, columns)
     if result.get("kind") == "trap":
         yield from (Picture(*picture) for picture in trap_plots.pictures(result, columns))
+    if result.get("kind") == "transfer":
+        yield from (Picture(*picture) for picture in transfer_plots.pictures(result, columns))
     stages = result.get("history")
     stages = {"search": stages} if isinstance(stages, list) else stages or {}
     if any(stages.values()):
@@ -206,7 +209,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         parts.append(f"{held} of {len(result['rows'])} rows hold what 95 % intervals promise.")
     if kind == "predict":
         parts.append(f"{result['rows']} cycles; the widest 95 % band of y is {result['largest_band']:.2g}.")
-    if kind in ("design", "trap"):
+    if kind in ("design", "trap", "transfer"):
         parts += result["notes"][:1]
     if kind == "track":
         parts.append(f"After {len(result['tables'])} tables: {result['verdict']}.")

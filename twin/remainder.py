@@ -125,6 +125,12 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
     )
 
 
+def between(one: AbstractMemristor, other: AbstractMemristor, points: int = 7) -> Gap:
+    """Largest and rms difference of two devices over the square of commands, the first minus the second."""
+    x, r = (grid.ravel() for grid in np.meshgrid(*2 * [np.sin(np.pi * np.arange(points) / (2 * points - 2)) ** 2]))
+    return _gaps(*(_play(device, x[:, None], r[:, None]) for device in (one, other)))[0]
+
+
 def _off(ion: IonMemristor, causes, switched: set[str]) -> IonMemristor:
     for name in causes:
         if name in switched:
