@@ -70,14 +70,25 @@ def angles_for(
     Raises:
         ValueError: an ion prepared in s, whose input falls with the area.
     """
+    angle_1 = first_angle(device, x)
+    return angle_1, second_angle(device, angle_1, (1 - r) * x)
+
+
+def first_angle(device: AbstractMemristor, x: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+    """Angle of pulse 1 that leaves x in s, or comes nearest: see `angles_for`."""
     if isinstance(device, IonMemristor) and device.start != "v":
         raise ValueError(f"control is moved between devices that start in v, but scheme is {device.scheme!r}; use "
                          "'lambda' or 'ladder'.")  # fmt: skip
-    full_1, full_2 = full_angles(device)
     zero = jnp.zeros_like(x)
-    angle_1 = _bisected(lambda a: signal_of(device, a, zero, alone=True) - x, full_1, zero)
-    angle_2 = _bisected(lambda a: (1 - r) * x - signal_of(device, angle_1, a, alone=False), full_2, zero)
-    return angle_1, angle_2
+    return _bisected(lambda angle: signal_of(device, angle, zero, alone=True) - x, full_angles(device)[0], zero)
+
+
+def second_angle(
+    device: AbstractMemristor, angle_1: Float[Array, " lanes"], y: Float[Array, " lanes"]
+) -> Float[Array, " lanes"]:
+    """Angle of pulse 2 that leaves y in s behind a pulse 1 of `angle_1`, or comes nearest."""
+    rising = lambda angle: y - signal_of(device, angle_1, angle, alone=False)
+    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y))
 
 
 def read(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:

@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 from scipy.stats import qmc
 
-from calibration.angles import angles_for, read, signal_of, unread
+from calibration.angles import angles_for, first_angle, read, second_angle, signal_of, unread
 from calibration.command_map import clenshaw_curtis
 from calibration.data import LoopTable
 from calibration.least_squares import descend_one, forward
@@ -49,7 +49,7 @@ WHAT = ("command_map", "feedback", "reservoir")
 BELIEFS = ("image", "home", "moved", "data sheet", "recalibrated", "native")
 # Angles go beyond full command where a device is too weak: its own pi lies within this factor.
 _ROOM, _EMULATION_ERROR = 1.05, 1e-6
-_WASH_OUT, _TRAIN, _TEST, _RIDGE = 20, 200, 200, 1e-5
+_WASH_OUT, _STEPS, _RIDGE = 20, 200, 1e-5
 _LM_STEPS, _STARTS = 60, 4
 
 
@@ -208,11 +208,10 @@ def law_loop(
     believed: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray
 ) -> tuple[Float[Array, " cycles"], Float[Array, " cycles"]]:
     """(r, y) of the feedback law of the believed device, run on the real one; y is the population."""
-    zero = jnp.zeros_like(asked.x)
-    angle_1, _ = angles_for(believed, asked.x, zero)
+    zero, angle_1 = jnp.zeros_like(asked.x), first_angle(believed, asked.x)
     seen = sample_counts(key, read(real, signal_of(real, angle_1, zero, alone=True)), asked.shots) / asked.shots
     r = asked.memory.filter(unread(believed, seen))
-    _, angle_2 = angles_for(believed, asked.x, r)
+    angle_2 = second_angle(believed, angle_1, (1 - r) * asked.x)
     return r, signal_of(real, angle_1, angle_2, alone=False)
 
 
@@ -264,12 +263,25 @@ def reservoir_loss(
     trained_on: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """Mean squared error over the variance, on new inputs of the real device, of a read-out trained on another."""
-    key_1, key_2, key_3, key_4 = jax.random.split(key, 4)
-    u, z = second_order_map(key_1, _WASH_OUT + _TRAIN)
-    weights = ridge(features(trained_on, asked, u, key_2)[_WASH_OUT:], z[_WASH_OUT:])
-    u, z = second_order_map(key_3, _WASH_OUT + _TEST)
-    told = features(real, asked, u, key_4)[_WASH_OUT:] @ weights[:-1] + weights[-1]
-    return jnp.mean((told - z[_WASH_OUT:]) ** 2) / jnp.var(z[_WASH_OUT:])
+    return _missed(*(_seen(device, asked, k) for device, k in zip((trained_on, real), _two(key), strict=True)))
+
+
+def _two(key: PRNGKeyArray) -> Array:
+    """Keys of training and test."""
+    return jax.random.split(key)
+
+
+def _seen(device: AbstractMemristor, asked: Task, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """Features and what they are to tell, after the wash-out."""
+    key_u, key_counts = jax.random.split(key)
+    u, z = second_order_map(key_u, _WASH_OUT + _STEPS)
+    return features(device, asked, u, key_counts)[_WASH_OUT:], z[_WASH_OUT:]
+
+
+def _missed(training: tuple[Array, Array], test: tuple[Array, Array]) -> Float[Array, ""]:
+    weights = ridge(*training)
+    told = test[0] @ weights[:-1] + weights[-1]
+    return jnp.mean((told - test[1]) ** 2) / jnp.var(test[1])
 
 
 # ------------------------------------------------------------------------------------------------ the study
@@ -296,31 +308,54 @@ def pairs(source: Side, target: Side, keys: Key[Array, " seeds"]) -> Pairs:
     return lax.map(one, keys)
 
 
-@eqx.filter_jit
 def losses(
     source: Side, target: Side, drawn: Pairs, asked: Task, what: str, keys: Key[Array, " seeds"]
 ) -> Float[Array, "seeds beliefs"]:
     """Loss of one kind of control under each of `BELIEFS`, a seed a row; NaN where a device could not be played."""
-
-    def loss(belief, real, key):
-        if what == "command_map":
-            return map_loss(belief, real, asked.points)
-        return (law_loss if what == "feedback" else reservoir_loss)(belief, real, asked, key)
-
-    def one(given):
-        (a, a_found, b, b_found), key = given
-        at_home, there = source.at(a), target.at(b)
-        # A read-out is trained on the counts of a real device where there is one.
-        believed = at_home if what == "reservoir" else source.at(a_found)
-        moved = at_home if what == "reservoir" else image(believed, target.device)
-        known = jnp.stack([0.5 * (target.low + target.high), b_found, b])
-        found = [loss(at_home, image(at_home, target.device), key), loss(believed, at_home, key)]
-        found.append(loss(moved, there, key))
-        return jnp.concatenate([jnp.stack(found), lax.map(lambda values: loss(target.at(values), there, key), known)])
-
     if what not in WHAT:
         raise ValueError(f"`what` must be one of {WHAT}, but is {what!r}.")
-    return lax.map(one, (drawn, keys))
+    middle = jnp.broadcast_to(0.5 * (target.low + target.high), drawn.target.shape)
+    known = jnp.stack([middle, drawn.target_found, drawn.target])
+    if what != "reservoir":
+        return _obeyed(source, target, drawn, known, asked, what, keys)
+    train, test = jnp.swapaxes(jax.vmap(_two)(keys), 0, 1)
+    there = target.device
+    at_home = _many(source, drawn.source, None, asked, train)
+    images = [_many(source, drawn.source, like, asked, test) for like in (there, None)]
+    real = _many(target, drawn.target, None, asked, test)
+    taught = [at_home] * 3 + [_many(target, values, None, asked, train) for values in known]
+    missed = jax.vmap(_missed)
+    return jnp.stack([missed(*pair) for pair in zip(taught, [*images, *4 * [real]], strict=True)], axis=1)
+
+
+@eqx.filter_jit
+def _many(side: Side, values: Float[Array, "seeds names"], like: AbstractMemristor | None, asked: Task, keys):
+    """What the reservoir sees of devices, or of their images on the platform of another, a seed a row."""
+
+    def one(given):
+        device = side.at(given[0])
+        return _seen(device if like is None else image(device, like), asked, given[1])
+
+    return lax.map(one, (values, keys))
+
+
+@eqx.filter_jit
+def _obeyed(
+    source: Side, target: Side, drawn: Pairs, known: Float[Array, "3 seeds names"], asked: Task, what: str, keys
+) -> Float[Array, "seeds beliefs"]:
+    """Losses of command maps or feedback laws; `known` is what is believed of the target without a source."""
+
+    def loss(belief, real, key):
+        return map_loss(belief, real, asked.points) if what == "command_map" else law_loss(belief, real, asked, key)
+
+    def one(given):
+        (a, a_found, b, _), known, key = given
+        at_home, there, believed = source.at(a), target.at(b), source.at(a_found)
+        found = [loss(at_home, image(at_home, target.device), key), loss(believed, at_home, key)]
+        found.append(loss(image(believed, target.device), there, key))
+        return jnp.concatenate([jnp.stack(found), lax.map(lambda values: loss(target.at(values), there, key), known)])
+
+    return lax.map(one, (drawn, jnp.swapaxes(known, 0, 1), keys))
 
 
 @dataclasses.dataclass(frozen=True)

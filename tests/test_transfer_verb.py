@@ -36,6 +36,16 @@ phase_scale_1 = [0.9, 1.1]
 efficiency = [0.8, 1.0]
 visibility_1 = 0.98
 """
+SOURCE = "[transfer.source]\nrabi_scale_2 = [0.9, 1.1]\n"
+FIT = """
+[data]
+table = 'loops.csv'
+[fit]
+starts = 2
+[fit.free]
+rabi_scale_1 = [0.8, 1.2]
+readout_error_dark = [0.0, 0.1]
+"""
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 
 
@@ -54,8 +64,8 @@ def written(folder: Path, text: str) -> Path:
 @pytest.fixture(scope="module")
 def to_chip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("to_chip")
-    source = "[transfer.source]\nrabi_scale_2 = [0.9, 1.1]\n"
-    assert called("transfer", written(folder, TO_CHIP + SMALL + CHIP + source), "--out", folder / "run") == 0
+    what = "what = ['device', 'command_map']\n"
+    assert called("transfer", written(folder, TO_CHIP + SMALL + what + CHIP + SOURCE), "--out", folder / "run") == 0
     return Run(folder / "run")
 
 
@@ -73,8 +83,19 @@ def test_the_dictionary_of_the_device_is_told(to_chip):
 
 
 def test_losses_have_intervals_and_seeds(to_chip):
-    result, arrays = to_chip.result, to_chip.arrays
-    assert set(result["control"]) == {"command_map", "feedback", "reservoir"}
+    checked(to_chip, ("command_map",))
+    assert len(np.unique(to_chip.arrays["loss_command_map"].values[:, 2])) == 4
+
+
+@pytest.mark.slow
+def test_every_kind_of_control_is_moved(tmp_path):
+    assert called("transfer", written(tmp_path, TO_CHIP + SMALL + CHIP + SOURCE), "--out", tmp_path / "run") == 0
+    checked(Run(tmp_path / "run"), ("command_map", "feedback", "reservoir"))
+
+
+def checked(run: Run, kinds: tuple[str, ...]) -> None:
+    result, arrays = run.result, run.arrays
+    assert tuple(result["control"]) == kinds
     assert result["ideal"] < 1e-10
     for what, losses in result["control"].items():
         assert tuple(losses) == BELIEFS
@@ -84,7 +105,6 @@ def test_losses_have_intervals_and_seeds(to_chip):
             assert one["mean"] == pytest.approx(every[:, k].mean())
             assert one["ci95"][0] <= one["mean"] <= one["ci95"][1]
     assert result["control"]["command_map"]["native"]["mean"] < result["control"]["command_map"]["moved"]["mean"]
-    assert len(np.unique(arrays["loss_command_map"].values[:, 2])) == 4
 
 
 def test_the_run_folder_has_report_and_figures(to_chip):
@@ -99,7 +119,7 @@ def test_the_run_folder_has_report_and_figures(to_chip):
 
 def test_a_chip_is_moved_to_an_ion(tmp_path, capsys):
     chip = "[device]\nplatform = 'photonic'\nphase_scale_1 = 0.97\nphase_offset_2_rad = 0.1\nloss = 0.05\n"
-    ion = "to = 'ion'\nwhat = ['device', 'command_map']\n[transfer.target]\nrabi_scale_1 = [0.9, 1.1]\n"
+    ion = "to = 'ion'\nwhat = ['device']\n[transfer.target]\nrabi_scale_1 = [0.9, 1.1]\n"
     config = written(tmp_path, chip + SMALL + ion)
     assert called("transfer", config, "--out", tmp_path / "run", "--seed", 3, "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -111,9 +131,22 @@ def test_a_chip_is_moved_to_an_ion(tmp_path, capsys):
     assert result["remainder"]["states"] == {}
     # Of an offset of 0.1 rad in stage 2 nothing is carried: up to sin(0.1)/2 in y.
     assert 0.02 < result["remainder"]["populations"]["all together"]["y"] < 0.06
-    assert set(result["control"]) == {"command_map"}
+    assert result["control"] == {}
 
 
+@pytest.mark.slow
+def test_control_of_a_chip_is_moved_to_an_ion(tmp_path):
+    chip = "[device]\nplatform = 'photonic'\nphase_scale_1 = 0.97\n"
+    ion = "to = 'ion'\nwhat = ['command_map', 'feedback']\n[transfer.target]\nrabi_scale_1 = [0.9, 1.1]\n"
+    lines = "detuning_1_hz = [-500.0, 500.0]\n[transfer.source]\nvisibility_1 = [0.9, 1.0]\n"
+    config = written(tmp_path, chip + SMALL + ion + lines)
+    assert called("transfer", config, "--out", tmp_path / "run", "--set", "device.engine=lindblad") == 0
+    control = Run(tmp_path / "run").result["control"]
+    assert set(control) == {"command_map", "feedback"}
+    assert control["command_map"]["recalibrated"]["mean"] < control["command_map"]["moved"]["mean"]
+
+
+@pytest.mark.slow
 def test_a_fit_gives_device_and_errors(tmp_path):
     from tables import settings
 
@@ -125,9 +158,8 @@ def test_a_fit_gives_device_and_errors(tmp_path):
     table = settings((4.0, 8.0), cycles=25, period=12, shots=300, n_x=counts.astype(float), r_set=r,
                      n_y=rng.binomial(300, (1 - r) * x).astype(float))  # fmt: skip
     write_table(table, tmp_path / "loops.csv")
-    fit = "[data]\ntable = 'loops.csv'\n[fit]\nstarts = 2\n[fit.free]\nrabi_scale_1 = [0.8, 1.2]\nreadout_error_dark = [0.0, 0.1]\n"
     device = TO_CHIP.replace("rabi_scale_1 = 1.05\n", "")
-    config = written(tmp_path, device + SMALL + "what = ['device', 'command_map']\n" + CHIP + fit)
+    config = written(tmp_path, device + SMALL + "what = ['device', 'command_map']\n" + CHIP + FIT)
     assert called("fit", config, "--out", tmp_path / "fit") == 0
     assert called("transfer", config, "--from", tmp_path / "fit", "--out", tmp_path / "run") == 0
     result, fitted = Run(tmp_path / "run").result, Run(tmp_path / "fit").result["parameters"]
@@ -136,6 +168,9 @@ def test_a_fit_gives_device_and_errors(tmp_path):
     assert rows["phase_scale_1"]["std"] == pytest.approx(fitted["rabi_scale_1"]["std"], rel=1e-6)
     assert rows["efficiency"]["std"] == pytest.approx(fitted["readout_error_dark"]["std"], rel=1e-6)
     assert result["from"] == "fit"
+    both = written(tmp_path, device + SMALL + CHIP + SOURCE)
+    assert called("transfer", both, "--from", tmp_path / "fit", "--out", tmp_path / "other") == 2
+    assert not (tmp_path / "other").exists()
     # The errors of the fit are what the source may differ by.
     assert result["control"]["command_map"]["home"]["mean"] < 0.02
 
@@ -169,7 +204,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, capsys, text, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fit_and_ranges_of_the_source_exclude_each_other(tmp_path, capsys, to_chip):
+def test_a_run_that_is_no_fit_is_refused(tmp_path, capsys, to_chip):
     config = to_chip.path / "config.toml"
     assert called("transfer", config, "--from", to_chip.path, "--out", tmp_path / "run") == 2
     assert "no fit" in capsys.readouterr().err
