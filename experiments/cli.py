@@ -29,6 +29,7 @@ from experiments.console import (
     seed_option,
     set_option,
 )
+from experiments.transfer_verb import transfer
 
 DISTRIBUTION = "ion-memristor-twin"
 
@@ -237,7 +238,7 @@ def doctor(as_json: bool) -> None:
     finish(result, as_json)
 
 
-for _verb in VERBS:
+for _verb in (*VERBS, transfer):
     cli.add_command(_verb)
 
 

@@ -45,6 +45,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "optimize": ("device", "memory", "optimize"),
     "sweep": ("device", "memory", "sweep"),
     "track": ("device", "memory"),
+    "transfer": ("device", "memory", "transfer"),
 }
 """Tables that a verb reads; the optional ones among them must be given."""
 _TRAPPED = ("simulate", "fit", "optimize", "sweep", "trap")

@@ -35,6 +35,8 @@ def listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
             for title, rows in trap_tables(result)
             if rows
         }
+    if result.get("kind") == "transfer":
+        return {title: rows for title, rows in transfer_tables(result) if rows}
     if result.get("kind") != "design":
         return {}
     proposals = [
@@ -61,6 +63,55 @@ def listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
         for name, row in result["verified"].items()
     ]
     return {"Loops, the best first": proposals, **({"Forecast and simulation": verified} if verified else {})}
+
+
+def transfer_tables(result: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
+    """The dictionary, what it leaves out, and the losses of control, as `iontwin transfer` tells them; text."""
+    some = lambda value: "\u2013" if value is None else f"{value:.4g}"
+    yield (
+        "Dictionary",
+        [
+            {
+                "parameter": f"`{row['name']}`",
+                "value": f"{row['value']:.6g}" if row["value"] is not None else "infinite",
+                "std. error": some(row["std"]),
+                "unit": row["unit"],
+                "relation": row["relation"],
+            }
+            for row in result.get("dictionary", ())
+        ],
+    )
+    left = result.get("remainder", {})
+    yield (
+        "What is not carried over: populations, device minus image",
+        [
+            {
+                "cause": name,
+                "largest in x": some(gap["x"]),
+                "largest in y": some(gap["y"]),
+                "rms of y": some(gap["rms_y"]),
+                "rms of y without it": some((left["without"].get(name) or {}).get("rms_y")),
+            }
+            for name, gap in left.get("populations", {}).items()
+        ],
+    )
+    yield (
+        "What is not carried over: states",
+        [{"what": name, "largest": some(value)} for name, value in left.get("states", {}).items()],
+    )
+    for what, losses in result.get("control", {}).items():
+        yield (
+            f"Loss of the {what.replace('_', ' ')}: {result['losses'][what]}",
+            [
+                {
+                    "designed on": name,
+                    "mean over seeds": some(one["mean"]),
+                    "95 % interval of the mean": f"{one['ci95'][0]:.4g} to {one['ci95'][1]:.4g}",
+                    "95 % of the seeds": f"{one['seeds95'][0]:.4g} to {one['seeds95'][1]:.4g}",
+                }
+                for name, one in losses.items()
+            ],
+        )
 
 
 def trap_tables(result: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:

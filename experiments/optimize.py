@@ -13,19 +13,18 @@ import numpy as np
 import xarray as xr
 
 from calibration.control import Design, optimize
-from calibration.parameters import with_parameters
 from calibration.shaping import pair
 from calibration.targets import AbstractTarget
 from experiments import command_maps, report, shape
-from experiments.build import PHONON_NODES, device_from, largest_area, memory_from
+from experiments.build import device_from, memory_from
 from experiments.control_arrays import seen
+from experiments.fitted import with_fit
 from experiments.progress import search_progress
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import Run, RunFolder
 from experiments.schema import Config
 from experiments.targets import robust_from, target_from
 from twin.memristor import IonMemristor
-from twin.phonons import planned as planned_motion
 
 _WAVEFORM_POINTS = 801
 
@@ -47,7 +46,7 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     device = device_from(config)
     notes = []
     if fit_run is not None:
-        device, note = _calibrated(config, device, Run(fit_run))
+        device, note = with_fit(config, device, Run(fit_run))
         notes.append(note)
     if not isinstance(device, IonMemristor):
         raise ValueError("optimize designs laser pulses, but device.platform is 'photonic'; choose 'ion'.")
@@ -128,25 +127,6 @@ def _mapped(
     for note in result["notes"]:
         out.log(f"  {note}")
     return result
-
-
-def _calibrated(config: Config, device, run: Run) -> tuple[Any, str]:
-    """The device with the parameters of a fit in place."""
-    found = {name: one["value"] for name, one in run.result["parameters"].items() if one["verdict"] != "fixed"}
-    if not found or any(value is None for value in found.values()):
-        raise ValueError(f"{run.path}: this fit found no parameters ({run.result.get('status')}); fit again.")
-    verdicts = [name for name, one in run.result["parameters"].items() if one["verdict"] in ("weak", "not identified")]
-    note = f"The device is that of the fit {run.path.name} ({run.result['status']})."
-    if verdicts:
-        note += f" Its {', '.join(verdicts)} rest on weak evidence, and so does whatever these commands gain by them."
-    if "n_bar" in found and isinstance(device, IonMemristor):
-        if device.motion is None:
-            device = dataclasses.replace(device, phonon_nodes=max(device.phonon_nodes, PHONON_NODES))
-        else:
-            area = largest_area(config)
-            motion = planned_motion(device.motion, max(found["n_bar"], float(device.n_bar)), area, device.motion.error)
-            device = dataclasses.replace(device, motion=motion)
-    return with_parameters(device, {name: jnp.asarray(value, float) for name, value in found.items()}), note
 
 
 def _notes(design: Design) -> list[str]:

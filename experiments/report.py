@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from calibration.formats import write_atomic
-from experiments import control_plots, plots, reproduce_plots, trap_plots
+from experiments import control_plots, plots, reproduce_plots, transfer_plots, trap_plots
 from experiments.listings import listing
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
@@ -44,6 +44,7 @@ _TITLES = {
     "predict": "Prediction",
     "trap": "Trap, chain and modes",
     "reproduce": "Reproduced numbers",
+    "transfer": "Transfer between platforms",
 }
 
 
@@ -168,6 +169,8 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         yield from (Picture(*picture) for picture in trap_plots.pictures(result, columns))
     if result.get("kind") == "reproduce":
         yield from (Picture(*picture) for picture in reproduce_plots.pictures(result, columns))
+    if result.get("kind") == "transfer":
+        yield from (Picture(*picture) for picture in transfer_plots.pictures(result, columns))
     stages = result.get("history")
     stages = {"search": stages} if isinstance(stages, list) else stages or {}
     if any(stages.values()):
@@ -212,7 +215,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         parts.append(f"{passed} of {len(result['rows'])} numbers are within their tolerance.")
     if kind == "predict":
         parts.append(f"{result['rows']} cycles; the widest 95 % band of y is {result['largest_band']:.2g}.")
-    if kind in ("design", "trap"):
+    if kind in ("design", "trap", "transfer"):
         parts += result["notes"][:1]
     if kind == "track":
         parts.append(f"After {len(result['tables'])} tables: {result['verdict']}.")

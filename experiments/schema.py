@@ -26,6 +26,7 @@ from experiments.schema_device import (
     number,
     within,
 )
+from experiments.schema_transfer import Transfer
 from experiments.schema_trap import Chain, Crosstalk, Motion, Trap
 
 _SEED = 2**63 - 1
@@ -202,6 +203,7 @@ class Config(Table):
     optimize: Optimize | None = Field(None, description="pulse design")
     hardware: Hardware | None = Field(None, description="what generator and modulator allow")
     sweep: Sweep | None = Field(None, description="batches")
+    transfer: Transfer | None = Field(None, description="a move to the other platform")
     trap: Trap | None = Field(None, description="the Paul trap")
     chain: Chain | None = Field(None, description="the ions in it")
     motion: Motion | None = Field(None, description="the beams, and what they see of the motion")
@@ -217,6 +219,10 @@ class Config(Table):
                 if reason := self._unusable(name):
                     raise Refusal(f"{path}.{name}", reason)
         self._trap_fits()
+        if self.transfer and self.transfer.to == self.device.platform:
+            raise Refusal(
+                "transfer.to", f"is '{self.transfer.to}', which device.platform is as well; name the other one"
+            )
         noisy = max(self.device.detuning_noise_1_hz, self.device.detuning_noise_2_hz) > 0
         if noisy and self.device.engine == "closed_form":
             raise Refusal("device.engine", "is 'closed_form', which knows no detuning noise; choose 'lindblad'")
@@ -298,7 +304,7 @@ class Config(Table):
         for key in ("periods", "cycles_per_period", "shots"):
             if len({getattr(loop, key) for loop in loops}) > 1:
                 raise Refusal(f"simulate.loops.{key}", "differs from loop to loop, but the ions play at the same time")
-        for verb in ("sweep", "optimize", "design", "coverage"):
+        for verb in ("sweep", "optimize", "design", "coverage", "transfer"):
             if self.register_of and getattr(self, verb) is not None:
                 raise Refusal(f"{verb}", "is made for one memristor; set chain.memristors = 'one'")
 
@@ -340,6 +346,7 @@ TABLES: dict[str, type[Table]] = {
     "optimize": Optimize,
     "hardware": Hardware,
     "sweep": Sweep,
+    "transfer": Transfer,
     "trap": Trap,
     "chain": Chain,
     "motion": Motion,

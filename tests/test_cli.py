@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "experiments" / "configs" / "demo.toml"
-VERBS = ("simulate", "fit", "optimize", "sweep", "report", "reproduce", "doctor", "track", "predict", "compare")
+VERBS = ("simulate", "fit", "optimize", "sweep", "report", "reproduce", "doctor", "track", "predict", "compare",
+         "transfer")  # fmt: skip
 HEAVY = ("jax", "equinox", "diffrax", "matplotlib", "xarray", "pandas", "zarr", "scipy")
 BOUND_S = 1.5  # of a refusal; the help of the program itself is held to 0.5 s below
 

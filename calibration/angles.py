@@ -1,0 +1,135 @@
+"""Devices of either platform told by angles: pulse areas of an ion, phases of a photonic element; and the inverse.
+
+An angle of pi is full command today. What a controller wants is a population of s after pulse (stage) 1, and another
+after both; from zero angle up to full transfer both are monotone in the angle that makes them, so that a bisection
+finds the angle to the last digit, or the nearest end where the device cannot give what is wanted.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from twin.levels import SCHEMES
+from twin.loop import AbstractMemristor, Settings
+from twin.memristor import IonMemristor
+from twin.photonic import PhotonicMemristor
+from twin.transfer import carrier_moments
+
+_HALVINGS = 52
+
+
+def signal_of(
+    device: AbstractMemristor, angle_1: Float[Array, " lanes"], angle_2: Float[Array, " lanes"], *, alone: bool
+) -> Float[Array, " lanes"]:
+    """Population of s for commanded angles, rad, lane by lane; without laser offsets.
+
+    Args:
+        device: an ion whose method serves traced values (`ClosedForm`, or planned or emulated for these angles), or a
+            photonic element; of scalar parameters.
+        angle_1, angle_2: areas or phases that an ideal device would give. alone: whether pulse 1 is played alone.
+    """
+    if isinstance(device, PhotonicMemristor):
+        # Full command at another scale: a set point ends at pi, a scale does not.
+        scales = {"phase_scale_1": device.phase_scale_1 * angle_1 / math.pi,
+                  "phase_scale_2": device.phase_scale_2 * angle_2 / math.pi}  # fmt: skip
+        one = jnp.ones_like(angle_1)
+        response = dataclasses.replace(device, **scales).under(Settings())(one, one, alone=alone)
+        return device.signal(response.populations)
+    assert isinstance(device, IonMemristor)
+    settings = Settings(jnp.zeros(1), jnp.zeros(1), jnp.zeros(angle_1.size, int))
+    scale_1, scale_2 = _area_scales(device)
+    respond = device.by_area(settings, (scale_1 * jnp.max(angle_1), scale_2 * jnp.max(angle_2)))
+    response = respond(scale_1 * angle_1, scale_2 * angle_2, alone=alone)
+    return device.signal(response.populations)
+
+
+def full_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Commanded angles of full transfer, rad: pi less the offset, over the scale (of a hot ion, the mean one)."""
+    if isinstance(device, PhotonicMemristor):
+        return (
+            (math.pi - device.phase_offset_1_rad) / device.phase_scale_1,
+            (math.pi - device.phase_offset_2_rad) / device.phase_scale_2,
+        )
+    assert isinstance(device, IonMemristor)
+    (scale_1, scale_2), (mean_1, mean_2) = _area_scales(device), carrier_moments(device)[0]
+    return math.pi / (scale_1 * mean_1), math.pi / (scale_2 * mean_2)
+
+
+def angles_for(
+    device: AbstractMemristor, x: Float[Array, " lanes"], r: Float[Array, " lanes"]
+) -> tuple[Float[Array, " lanes"], Float[Array, " lanes"]]:
+    """Angles that leave x in s after pulse 1 alone, and (1 - r) x after both, or come nearest.
+
+    Args:
+        device: what the controller believes it has: as for `signal_of`. Its preparation must be v.
+        x, r: what is wanted, in [0, 1].
+
+    Raises:
+        ValueError: an ion prepared in s, whose input falls with the area.
+    """
+    angle_1 = first_angle(device, x)
+    return angle_1, second_angle(device, angle_1, (1 - r) * x)
+
+
+def first_angle(device: AbstractMemristor, x: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+    """Angle of pulse 1 that leaves x in s, or comes nearest: see `angles_for`."""
+    if isinstance(device, IonMemristor) and device.start != "v":
+        raise ValueError(f"control is moved between devices that start in v, but scheme is {device.scheme!r}; use "
+                         "'lambda' or 'ladder'.")  # fmt: skip
+    zero = jnp.zeros_like(x)
+    return _bisected(lambda angle: signal_of(device, angle, zero, alone=True) - x, full_angles(device)[0], zero)
+
+
+def second_angle(
+    device: AbstractMemristor, angle_1: Float[Array, " lanes"], y: Float[Array, " lanes"]
+) -> Float[Array, " lanes"]:
+    """Angle of pulse 2 that leaves y in s behind a pulse 1 of `angle_1`, or comes nearest."""
+    rising = lambda angle: y - signal_of(device, angle_1, angle, alone=False)
+    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y))
+
+
+def read(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+    """Probability that a shot is assigned to s, for a population of s; everything else counts as v."""
+    levels = len(SCHEMES[device.scheme].levels) if isinstance(device, IonMemristor) else 3
+    others = [jnp.zeros_like(signal)] * (levels - 2)
+    return device.assigned(jnp.stack([1 - signal, signal, *others]))
+
+
+def unread(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+    """Estimate of the population of s from the share of shots assigned to it, within [0, 1].
+
+    Shot noise carries an estimate beyond the ends, where no command lies; a controller then takes the end.
+    """
+    none, all_ = read(device, jnp.zeros(1))[0], read(device, jnp.ones(1))[0]
+    return jnp.clip((share - none) / (all_ - none), 0.0, 1.0)
+
+
+def _area_scales(device: IonMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Area over commanded area of both pulses, the ion at rest."""
+    ratios = [
+        1.0 if nominal is None else sigma / nominal
+        for sigma, nominal in (
+            (device.sigma_1_s, device.nominal_sigma_1_s),
+            (device.sigma_2_s, device.nominal_sigma_2_s),
+        )
+    ]
+    return (
+        jnp.asarray(device.amplitude_1 * device.rabi_scale_1 * ratios[0]),
+        jnp.asarray(device.amplitude_2 * device.rabi_scale_2 * ratios[1]),
+    )
+
+
+def _bisected(rising, top, zero) -> Float[Array, " lanes"]:
+    """Where a rising function crosses zero between 0 and `top`, or the end that comes nearest."""
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        above = rising(middle) > 0
+        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    low, high = lax.fori_loop(0, _HALVINGS, halve, (zero, zero + top))
+    return 0.5 * (low + high)

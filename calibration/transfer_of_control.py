@@ -1,0 +1,384 @@
+"""Control designed on one device, moved by the dictionary and run on another, with shot noise and faults on both sides.
+
+A study draws pairs of devices, source and target, from boxes, one pair a seed, and calibrates both from simulated
+counts. Each kind of control is then designed on six beliefs and run on real devices:
+
+    image         the source itself, known exactly, on what the dictionary makes of it: what the dictionary leaves out
+    home          the calibrated source, on the source itself
+    moved         the calibrated source through `twin.transfer`, on the target
+    data sheet    the middle of the target's boxes, on the target
+    recalibrated  the target calibrated from counts, on the target
+    native        the target itself, known exactly, on the target
+
+**Command map**: angles that give (x, (1 - r) x). Loss: rms of y - (1 - r) x over the square of commands, without shots.
+**Feedback law**: kernel and window, the command map, and the correction of counts for readout. Loss: rms of y over the
+cycles after one period, against the ideal loop. **Reservoir**: virtual nodes on one device, each with commands and a
+window of its own, and a linear read-out of counts, trained on the believed device (image, home, moved: on the real
+source). Loss: mean squared error of a second-order map over its variance, on new counts of the real device.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key, PRNGKeyArray
+from scipy.stats import qmc
+
+from calibration.angles import angles_for, first_angle, read, second_angle, signal_of, unread
+from calibration.command_map import clenshaw_curtis
+from calibration.data import LoopTable
+from calibration.least_squares import descend_one, forward
+from calibration.likelihood import Experiment, bucketed
+from calibration.parameters import FreeParameters, anchored
+from calibration.problem import Loops, Part, Problem
+from twin.closed_form import set_area
+from twin.loop import AbstractMemristor
+from twin.memory import AbstractMemory, MovingAverage
+from twin.memristor import Automatic, ClosedForm, IonMemristor, Lindblad
+from twin.photonic import PhotonicMemristor
+from twin.planning import emulated, planned
+from twin.readout import sample_counts
+from twin.transfer import to_ion, to_photonic, with_values
+
+WHAT = ("command_map", "feedback", "reservoir")
+BELIEFS = ("image", "home", "moved", "data sheet", "recalibrated", "native")
+# Angles go beyond full command where a device is too weak: its own pi lies within this factor.
+_ROOM, _EMULATION_ERROR = 1.05, 1e-6
+_WASH_OUT, _STEPS, _RIDGE = 20, 200, 1e-5
+_LM_STEPS, _STARTS = 60, 4
+
+
+class Side(eqx.Module):
+    """One device of a study, with what is not known of it.
+
+    Attributes:
+        device: ready for values within the boxes. ideal_memory: what the controller wants as feedback.
+        names, low, high: what differs from device to device, uniform in a box; none for a device that is known.
+        problem: its calibration; None without names.
+        mean, root: of a calibration that was made already: devices are then drawn from its errors, root root^T = C.
+    """
+
+    device: AbstractMemristor
+    names: tuple[str, ...] = eqx.field(static=True)
+    low: Float[Array, " names"]
+    high: Float[Array, " names"]
+    problem: Problem | None
+    mean: Float[Array, " names"] | None = None
+    root: Float[Array, "names names"] | None = None
+
+    def at(self, values: Float[Array, " names"]) -> AbstractMemristor:
+        """The device with these values."""
+        return with_values(self.device, self.names, values)
+
+    def drawn(self, key: PRNGKeyArray) -> Float[Array, " names"]:
+        """Values of a real device, within the boxes."""
+        if self.root is not None and self.mean is not None:
+            values = self.mean + self.root @ jax.random.normal(key, self.low.shape)
+            return jnp.clip(values, self.low, self.high)
+        return self.low + (self.high - self.low) * jax.random.uniform(key, self.low.shape)
+
+    def calibrated(self, key: PRNGKeyArray, truth: Float[Array, " names"]) -> Float[Array, " names"]:
+        """What a calibration finds of a real device, from simulated counts."""
+        if self.mean is not None:
+            return self.mean
+        if self.problem is None:
+            return truth
+        asked = forward(self.problem).simulated(key, truth)
+        # A scale and an offset of one phase have rival optima, which one start may end in.
+        starts = 0.5 + 0.8 * (jnp.asarray(qmc.Sobol(len(self.names), scramble=False).random(_STARTS)) - 0.5)
+        found = lax.map(
+            lambda share: descend_one(asked, self.low + share * (self.high - self.low), steps=_LM_STEPS), starts
+        )
+        return found.values[jnp.argmax(jnp.nan_to_num(found.log_likelihood, nan=-jnp.inf))]
+
+
+def side(
+    device: AbstractMemristor,
+    boxes: Mapping[str, tuple[float, float]],
+    table: LoopTable,
+    found: tuple[Float[np.ndarray, " names"], Float[np.ndarray, "names names"]] | None = None,
+) -> Side:
+    """A device made ready for a study.
+
+    Args:
+        device: of known scalar values; an ion starts in v. boxes: (low, high) of what differs from device to device.
+        table: settings of the calibration loops; their counts are not looked at.
+        found: mean and covariance of a calibration in place of simulated ones, in the order of the boxes.
+
+    Raises:
+        ValueError: an unknown parameter, an empty box, an ion that starts in s, dynamics that cannot be emulated.
+    """
+    experiment = Experiment.from_table(table)
+    device = anchored(device)
+    names = tuple(boxes)
+    middle = jnp.array([0.5 * (low + high) for low, high in boxes.values()])
+    angles_for(with_values(_plain(device), names, middle), jnp.ones(1), jnp.ones(1))
+    if isinstance(device, IonMemristor) and not isinstance(device.method, ClosedForm):
+        error = device.method.error if isinstance(device.method, Lindblad | Automatic) else 1e-8
+        device = dataclasses.replace(device, method=Lindblad(error))
+        roomy = dict(boxes)
+        for name in ("rabi_scale_1", "rabi_scale_2"):
+            low, high = roomy.get(name, 2 * (float(getattr(device, name)),))
+            roomy[name] = (min(low, 1.0) * (1 - 1e-6), max(high, 1.0) * _ROOM)
+        laid = planned(device, roomy, solves=experiment.solves_of_setting)
+        device = emulated(laid, roomy, experiment.settings, error=max(_EMULATION_ERROR, float(error)))
+    if not names:
+        return Side(device, names, jnp.zeros(0), jnp.zeros(0), None)
+    free = FreeParameters.from_boxes(boxes)
+    own_window = "window_cycles" in boxes
+    data = Loops(bucketed(device, experiment, own_window=own_window))
+    problem = Problem(free, (Part("loops", device, data, len(table), "loops"),))
+    if found is None:
+        return Side(device, names, free.low, free.high, problem)
+    values, vectors = np.linalg.eigh(found[1])
+    mean = np.clip(found[0], np.asarray(free.low), np.asarray(free.high))
+    root = jnp.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+    return Side(device, names, free.low, free.high, problem, jnp.asarray(mean), root)
+
+
+def _plain(device: AbstractMemristor) -> AbstractMemristor:
+    return dataclasses.replace(device, method=ClosedForm()) if isinstance(device, IonMemristor) else device
+
+
+def image(device: AbstractMemristor, like: AbstractMemristor) -> AbstractMemristor:
+    """What the dictionary makes of a device for the platform of another; an ion by the closed form.
+
+    An ion that the dictionary makes is played by the closed form: areas and readout are moved, while linewidth, decay
+    and noise, which stand for contrast and loss there, are left out.
+    """
+    if isinstance(like, PhotonicMemristor):
+        return to_photonic(device) if isinstance(device, IonMemristor) else device
+    if isinstance(device, PhotonicMemristor):
+        assert isinstance(like, IonMemristor)
+        rest = IonMemristor(memory=like.memory, scheme=like.scheme, method=ClosedForm(), branching=1.0)
+        return dataclasses.replace(to_ion(device, rest), slow_noise=None)
+    return device
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+class Task(eqx.Module):
+    """What is played.
+
+    Attributes:
+        points: commands a side of the square. x: wanted inputs of the loop. memory: of the feedback law.
+        shots: repetitions of each setting. period: cycles of one period of x.
+        bias, gain, windows: of the reservoir's nodes.
+    """
+
+    points: int = eqx.field(static=True)
+    x: Float[Array, " cycles"]
+    memory: AbstractMemory
+    shots: Float[Array, ""]
+    period: int = eqx.field(static=True)
+    bias: Float[Array, " nodes"]
+    gain: Float[Array, " nodes"]
+    windows: Float[Array, " nodes"]
+
+
+def task(memory: AbstractMemory, *, shots: int, periods: int, cycles_per_period: int, nodes: int, points: int) -> Task:
+    """A task whose nodes are spread evenly: gains of either sign, windows from 1 to 8 cycles."""
+    k = np.arange(periods * cycles_per_period + 1)
+    spread = np.linspace(0.0, 1.0, nodes)
+    gain = np.where(np.arange(nodes) % 2 == 0, 0.8, -0.8)
+    bias = np.where(gain > 0, 0.1 + 0.4 * spread, 0.9 - 0.4 * spread)
+    windows = 1 + 7 * np.random.default_rng(0).permutation(spread)
+    return Task(
+        points, jnp.asarray(np.sin(np.pi * k / cycles_per_period) ** 2), memory, jnp.asarray(float(shots)),
+        cycles_per_period, jnp.asarray(bias), jnp.asarray(gain), jnp.asarray(windows),
+    )  # fmt: skip
+
+
+def map_loss(believed: AbstractMemristor, real: AbstractMemristor, points: int) -> Float[Array, ""]:
+    """rms of y - (1 - r) x over the square of commands, under the command map of the believed device."""
+    x = jnp.sin(jnp.pi * jnp.arange(points) / (2 * (points - 1))) ** 2
+    inputs, transfers = jnp.repeat(x, points), jnp.tile(x, points)
+    y = signal_of(real, *angles_for(believed, inputs, transfers), alone=False)
+    weights = clenshaw_curtis(points)
+    return jnp.sqrt(jnp.sum(np.outer(weights, weights).ravel() * (y - (1 - transfers) * inputs) ** 2))
+
+
+def law_loop(
+    believed: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray
+) -> tuple[Float[Array, " cycles"], Float[Array, " cycles"]]:
+    """(r, y) of the feedback law of the believed device, run on the real one; y is the population."""
+    zero, angle_1 = jnp.zeros_like(asked.x), first_angle(believed, asked.x)
+    seen = sample_counts(key, read(real, signal_of(real, angle_1, zero, alone=True)), asked.shots) / asked.shots
+    r = asked.memory.filter(unread(believed, seen))
+    angle_2 = second_angle(believed, angle_1, (1 - r) * asked.x)
+    return r, signal_of(real, angle_1, angle_2, alone=False)
+
+
+def law_loss(believed: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray) -> Float[Array, ""]:
+    """rms of y against the ideal loop, over the cycles after the first period."""
+    _, y = law_loop(believed, real, asked, key)
+    wanted = (1 - asked.memory.filter(asked.x)) * asked.x
+    return jnp.sqrt(jnp.mean((y - wanted)[asked.period :] ** 2))
+
+
+def features(device: AbstractMemristor, asked: Task, u: Float[Array, " steps"], key: PRNGKeyArray) -> Array:
+    """Shares of shots assigned to s after both pulses, shape (steps, nodes), under plain commands."""
+    key_x, key_y = jax.random.split(key)
+    x_set = asked.bias + asked.gain * u[:, None]
+    shape, zero = x_set.shape, jnp.zeros(x_set.size)
+    angle_1 = set_area(x_set).ravel()
+    count = lambda key, signal: sample_counts(key, read(device, signal), asked.shots) / asked.shots
+    seen = count(key_x, signal_of(device, angle_1, zero, alone=True)).reshape(shape)
+    angle_2 = set_area(MovingAverage(asked.windows).filter(seen)).ravel()
+    return count(key_y, signal_of(device, angle_1, angle_2, alone=False)).reshape(shape)
+
+
+def second_order_map(key: PRNGKeyArray, steps: int) -> tuple[Float[Array, " steps"], Float[Array, " steps"]]:
+    """Inputs u uniform in [0, 0.5] and z of z' = 0.4 z + 0.4 z z_before + 0.6 u^3 + 0.1, from the fixed point of u = 0.
+
+    z at a step depends on the inputs up to that step.
+    """
+    u = jax.random.uniform(key, (steps,), maxval=0.5)
+    rest = (0.6 - jnp.sqrt(0.36 - 0.16)) / 0.8
+
+    def step(state, u_k):
+        z, before = state
+        new = 0.4 * z + 0.4 * z * before + 0.6 * u_k**3 + 0.1
+        return (new, z), new
+
+    return u, lax.scan(step, (rest, rest), u)[1]
+
+
+def ridge(inputs: Float[Array, "steps nodes"], wanted: Float[Array, " steps"]) -> Float[Array, " weights"]:
+    """Weights of a linear read-out with a bias that is not penalized (the last); exact."""
+    centre, middle = jnp.mean(inputs, axis=0), jnp.mean(wanted)
+    z = inputs - centre
+    square = z.T @ z + _RIDGE * len(wanted) * jnp.eye(z.shape[1])
+    weights = jnp.linalg.solve(square, z.T @ (wanted - middle))
+    return jnp.append(weights, middle - centre @ weights)
+
+
+def reservoir_loss(
+    trained_on: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray
+) -> Float[Array, ""]:
+    """Mean squared error over the variance, on new inputs of the real device, of a read-out trained on another."""
+    return _missed(*(_seen(device, asked, k) for device, k in zip((trained_on, real), _two(key), strict=True)))
+
+
+def _two(key: PRNGKeyArray) -> Array:
+    """Keys of training and test."""
+    return jax.random.split(key)
+
+
+def _seen(device: AbstractMemristor, asked: Task, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """Features and what they are to tell, after the wash-out."""
+    key_u, key_counts = jax.random.split(key)
+    u, z = second_order_map(key_u, _WASH_OUT + _STEPS)
+    return features(device, asked, u, key_counts)[_WASH_OUT:], z[_WASH_OUT:]
+
+
+def _missed(training: tuple[Array, Array], test: tuple[Array, Array]) -> Float[Array, ""]:
+    weights = ridge(*training)
+    told = test[0] @ weights[:-1] + weights[-1]
+    return jnp.mean((told - test[1]) ** 2) / jnp.var(test[1])
+
+
+# ------------------------------------------------------------------------------------------------ the study
+
+
+class Pairs(NamedTuple):
+    """Devices of a study, a seed a row: what they are, and what their calibrations found."""
+
+    source: Float[Array, "seeds source"]
+    source_found: Float[Array, "seeds source"]
+    target: Float[Array, "seeds target"]
+    target_found: Float[Array, "seeds target"]
+
+
+@eqx.filter_jit
+def pairs(source: Side, target: Side, keys: Key[Array, " seeds"]) -> Pairs:
+    """Draws a pair of devices for each key, and calibrates both."""
+
+    def one(key):
+        keys = jax.random.split(key, 4)
+        a, b = source.drawn(keys[0]), target.drawn(keys[1])
+        return Pairs(a, source.calibrated(keys[2], a), b, target.calibrated(keys[3], b))
+
+    return lax.map(one, keys)
+
+
+def losses(
+    source: Side, target: Side, drawn: Pairs, asked: Task, what: str, keys: Key[Array, " seeds"]
+) -> Float[Array, "seeds beliefs"]:
+    """Loss of one kind of control under each of `BELIEFS`, a seed a row; NaN where a device could not be played."""
+    if what not in WHAT:
+        raise ValueError(f"`what` must be one of {WHAT}, but is {what!r}.")
+    middle = jnp.broadcast_to(0.5 * (target.low + target.high), drawn.target.shape)
+    known = jnp.stack([middle, drawn.target_found, drawn.target])
+    if what != "reservoir":
+        return _obeyed(source, target, drawn, known, asked, what, keys)
+    train, test = jnp.swapaxes(jax.vmap(_two)(keys), 0, 1)
+    there = target.device
+    at_home = _many(source, drawn.source, None, asked, train)
+    images = [_many(source, drawn.source, like, asked, test) for like in (there, None)]
+    real = _many(target, drawn.target, None, asked, test)
+    taught = [at_home] * 3 + [_many(target, values, None, asked, train) for values in known]
+    missed = jax.vmap(_missed)
+    return jnp.stack([missed(*pair) for pair in zip(taught, [*images, *4 * [real]], strict=True)], axis=1)
+
+
+@eqx.filter_jit
+def _many(side: Side, values: Float[Array, "seeds names"], like: AbstractMemristor | None, asked: Task, keys):
+    """What the reservoir sees of devices, or of their images on the platform of another, a seed a row."""
+
+    def one(given):
+        device = side.at(given[0])
+        return _seen(device if like is None else image(device, like), asked, given[1])
+
+    return lax.map(one, (values, keys))
+
+
+@eqx.filter_jit
+def _obeyed(
+    source: Side, target: Side, drawn: Pairs, known: Float[Array, "3 seeds names"], asked: Task, what: str, keys
+) -> Float[Array, "seeds beliefs"]:
+    """Losses of command maps or feedback laws; `known` is what is believed of the target without a source."""
+
+    def loss(belief, real, key):
+        return map_loss(belief, real, asked.points) if what == "command_map" else law_loss(belief, real, asked, key)
+
+    def one(given):
+        (a, a_found, b, _), known, key = given
+        at_home, there, believed = source.at(a), target.at(b), source.at(a_found)
+        found = [loss(at_home, image(at_home, target.device), key), loss(believed, at_home, key)]
+        found.append(loss(image(believed, target.device), there, key))
+        return jnp.concatenate([jnp.stack(found), lax.map(lambda values: loss(target.at(values), there, key), known)])
+
+    return lax.map(one, (drawn, jnp.swapaxes(known, 0, 1), keys))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Mean over seeds with its 95 % bootstrap interval, and the central 95 % of the seeds."""
+
+    mean: float
+    low: float
+    high: float
+    seeds_low: float
+    seeds_high: float
+
+
+def interval(values: Float[np.ndarray, " seeds"], resamples: int = 4000) -> Interval:
+    """Of losses, or of paired differences of losses; resampled with a fixed seed.
+
+    Raises:
+        ValueError: a loss that is not finite, or fewer than two.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2 or not np.all(np.isfinite(values)):
+        raise ValueError(f"an interval needs at least two finite losses, but is given {values}; mend the devices.")
+    rng = np.random.default_rng(0)
+    means = np.mean(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
+    ends = [float(q) for part in (means, values) for q in np.quantile(part, [0.025, 0.975])]
+    return Interval(float(np.mean(values)), *ends)

@@ -1,0 +1,71 @@
+"""The table of a move between platforms: what is moved, and how real devices differ."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from experiments.messages import Refusal, unknown_key
+from experiments.schema_device import PARAMETERS, Table, foreign, from_list, number
+
+_SEED = 2**63 - 1
+WHAT = ("device", "command_map", "feedback", "reservoir")
+# The controller's own, and no fault of a device.
+_NAMES = {name: allowed for name, allowed in PARAMETERS.items() if name != "window_cycles"}
+
+
+def _within(given: dict[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
+        if name not in _NAMES:
+            raise Refusal(name, unknown_key(name, value, list(_NAMES)))
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if isinstance(value, tuple) and not low < high:
+            raise Refusal(name, f"is [{low:g}, {high:g}], but must be [low, high] with low below high")
+        allowed = _NAMES[name]
+        if not (math.isfinite(low) and math.isfinite(high) and allowed.low <= low and high <= allowed.high):
+            shown = f"[{low:g}, {high:g}]" if isinstance(value, tuple) else f"{value:g}"
+            raise Refusal(name, f"is {shown}, but must lie between {allowed}")
+    return given
+
+
+Range = Annotated[tuple[float, float], BeforeValidator(from_list)]
+_Faults = Annotated[dict[str, float | Range], AfterValidator(_within)]
+
+
+def _faults(text: str) -> Any:
+    return Field({}, description=text, json_schema_extra={"propertyNames": {"enum": list(_NAMES)}})
+
+
+class Transfer(Table):
+    """A device, or control designed on it, moved to the other platform by the dictionary."""
+
+    to: Literal["photonic", "ion"] = Field(description="platform to move to; [device] is of the other one")
+    what: Annotated[list[Literal[WHAT]], Field(min_length=1)] = Field(  # ty: ignore[invalid-type-form]
+        list(WHAT), description="device: the dictionary itself; command_map, feedback, reservoir: control, over seeds"
+    )
+    source: _Faults = _faults(
+        "how devices like [device] differ: name = [low, high] is drawn anew for each seed and freed in its calibration"
+    )
+    target: _Faults = _faults(
+        "the device that is moved to: name = value, or name = [low, high] as in source; all else is ideal"
+    )
+    shots: int = number(400, 1, 10**9, "", "repetitions of each setting, in calibrations and in what is run")
+    seeds: int = number(20, 2, 10_000, "", "pairs of devices")
+    periods: int = number(3, 2, 1000, "", "periods of the loop, in calibrations and under the feedback law")
+    cycles_per_period: int = number(20, 4, 10_000, "", "cycles in one of them")
+    points: int = number(7, 3, 51, "", "commands a side of the square")
+    nodes: int = number(10, 1, 200, "", "virtual nodes of the reservoir")
+    seed: int = number(0, 0, _SEED, "", "seed of devices and shot noise")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Transfer":
+        if len(set(self.what)) < len(self.what):
+            raise Refusal("what", f"is {self.what}, which names something twice; name each once")
+        for name, value in self.source.items():
+            if not isinstance(value, tuple):
+                raise Refusal(f"source.{name}", f"is {value:g}, but must be [low, high]; a value belongs into [device]")
+        for table, platform in (("source", "ion" if self.to == "photonic" else "photonic"), ("target", self.to)):
+            for name in getattr(self, table):
+                if reason := foreign(name, platform):
+                    raise Refusal(f"{table}.{name}", reason)
+        return self

@@ -1,0 +1,239 @@
+"""`iontwin transfer`: a device, or control designed on it, moved to the other platform by the dictionary.
+
+Leaves ``result.json`` (the dictionary, what it leaves out, losses with intervals), ``arrays.nc`` (loops of the device
+and of its image, losses of every seed) and the report.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+
+from calibration.data import LoopTable
+from calibration.parameters import unit_of
+from calibration.transfer_of_control import (
+    BELIEFS,
+    WHAT,
+    Interval,
+    Side,
+    image,
+    interval,
+    losses,
+    map_loss,
+    pairs,
+    side,
+    task,
+)
+from experiments import report
+from experiments.build import device_from, memory_from
+from experiments.fitted import calibrated
+from experiments.provenance import Stopwatch, provenance
+from experiments.records import Run, RunFolder
+from experiments.schema import Config
+from experiments.schema_transfer import Transfer
+from twin.loop import AbstractMemristor, sine_input
+from twin.loop import run as played
+from twin.memristor import ClosedForm, IonMemristor, Lindblad
+from twin.photonic import PhotonicMemristor
+from twin.remainder import between, remainder
+from twin.slow_noise import SlowNoise
+from twin.transfer import ION_NAMES, PHOTONIC_NAMES, carried, jacobian, jacobian_to_ion, to_ion, to_photonic, values_of
+
+_EXACT = ("efficiency", "dark_counts", "readout_error_bright", "readout_error_dark", "window_cycles")
+_SCALES = ("phase_scale_1", "phase_scale_2", "rabi_scale_1", "rabi_scale_2")
+_LOSSES = {
+    "command_map": "rms of y - (1 - r) x over the square of commands",
+    "feedback": "rms of y against the ideal loop",
+    "reservoir": "mean squared error over the variance of the target",
+}
+_STATES = {
+    "missing": "share R x that {v, s} lacks until m is repumped",
+    "leak": "population of the leak level",
+    "coherence": "l1 coherence after repump, device minus image",
+    "phase_rad": "phase of the output's coherence (rad)",
+}
+
+
+def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict[str, Any]:
+    """Move what [transfer] names.
+
+    Args:
+        config: with a table [transfer].
+        fit_run: folder of a fit whose device, with its errors, is the source; None for the device as configured.
+        out: the run folder.
+        seed: of devices and shot noise.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        RuntimeError: devices of the study that cannot be solved.
+    """
+    wanted = config.transfer
+    assert wanted is not None
+    clock = Stopwatch()
+    device, notes = device_from(config), []
+    boxes: dict[str, tuple[float, float]] = {k: v for k, v in wanted.source.items() if isinstance(v, tuple)}
+    found = None
+    if fit_run is not None:
+        device, boxes, found, note = calibrated(config, device, Run(fit_run))
+        notes.append(note)
+    result: dict[str, Any] = {"kind": "transfer", "status": "done", "to": wanted.to, "losses": {}, "control": {}}
+    columns: dict[str, Any] = {}
+    if "device" in wanted.what:
+        out.log(f"dictionary to {wanted.to}")
+        names = tuple(boxes)
+        covariance = None if found is None else found[1]
+        result |= _dictionary(device, names, covariance)
+        result["remainder"] = _remainder(device)
+        columns |= _loops(device, wanted)
+        notes += _left_out(result["remainder"])
+    control = [what for what in WHAT if what in wanted.what]
+    if control:
+        table = _settings(config, wanted)
+        out.log(f"{wanted.seeds} pairs of devices, {wanted.shots} shots")
+        source, target = side(device, boxes, table, found), _target(config, wanted, table)
+        keys, of_devices = jax.random.split(jax.random.key(seed), (2, wanted.seeds))
+        drawn = pairs(source, target, of_devices)
+        asked = task(
+            memory_from(config), shots=wanted.shots, periods=wanted.periods, nodes=wanted.nodes,
+            cycles_per_period=wanted.cycles_per_period, points=wanted.points,
+        )  # fmt: skip
+        for what in control:
+            out.log(f"{what}: {_LOSSES[what]}")
+            every = np.asarray(losses(source, target, drawn, asked, what, keys))
+            if not np.all(np.isfinite(every)):
+                bad = int(np.sum(~np.all(np.isfinite(every), axis=1)))
+                raise RuntimeError(f"{bad} of {len(every)} pairs of devices could not be played under the {what}; "
+                                   "narrow the ranges of transfer.source and transfer.target.")  # fmt: skip
+            result["losses"][what] = _LOSSES[what]
+            result["control"][what] = {name: _plain(interval(every[:, k])) for k, name in enumerate(BELIEFS)}
+            columns[f"loss_{what}"] = (("seed", "belief"), every)
+            notes.append(_lost(what, every))
+        columns["belief"] = ("belief", np.array(BELIEFS, object))
+        result["ideal"] = _ideal(device, wanted)
+        notes.append(f"Between ideal devices the command map is moved to {result['ideal']:.1g}.")
+    result |= {
+        "notes": notes, "seeds": wanted.seeds, "shots": wanted.shots, "seed": seed, "seconds": clock.stop(),
+        "from": None if fit_run is None else Path(fit_run).name, **provenance(),
+    }  # fmt: skip
+    out.write_result(result)  # first: what follows cannot lose it
+    out.write_arrays(xr.Dataset(columns))
+    report.write(out)
+    for note in notes:
+        out.log(f"  {note}")
+    return result
+
+
+def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -> dict[str, Any]:
+    """Rows of what the image is, with the errors of a calibration carried over."""
+    there = image_of(device)
+    to = (*(PHOTONIC_NAMES if isinstance(device, IonMemristor) else ION_NAMES), "window_cycles")
+    values, spread = np.asarray(values_of(there, to)), None
+    if covariance is not None:
+        # What the fit freed but a device does not have, such as a noise parameter, moves nothing.
+        derivatives = (
+            jacobian(device, names, to) if isinstance(device, IonMemristor) else jacobian_to_ion(device, names, to)
+        )
+        spread = np.sqrt(np.maximum(np.diag(np.asarray(carried(derivatives, covariance))), 0.0))
+    rows = []
+    for k, name in enumerate(to):
+        std = None if spread is None or not np.isfinite(spread[k]) else float(spread[k])
+        value = float(values[k]) if np.isfinite(values[k]) else None
+        relation = "exact" if name in _EXACT else "first order"
+        # The nearest interferometer to a pulse that lost contrast turns a little further.
+        relation = "exact, but for what contrast shifts" if name in _SCALES else relation
+        rows.append({"name": name, "value": value, "std": std, "unit": unit_of(name), "relation": relation})
+    return {"dictionary": rows}
+
+
+def image_of(device: AbstractMemristor) -> AbstractMemristor:
+    """The whole image of a device, an ion with the linewidth, noise and decay that stand for contrast and loss."""
+    return to_photonic(device) if isinstance(device, IonMemristor) else to_ion(device)
+
+
+def _remainder(device: AbstractMemristor) -> dict[str, Any]:
+    if not isinstance(device, IonMemristor):
+        total = between(device, image_of(device))
+        return {"populations": {"all together": total._asdict()}, "without": {}, "states": {}}
+    left = remainder(device)
+    gaps = {name: gap._asdict() for name, gap in left.alone.items()}
+    gaps |= {"all together": left.total._asdict(), "none of these": left.exact._asdict()}
+    return {
+        "populations": gaps,
+        "without": {name: gap._asdict() for name, gap in left.without.items()},
+        "states": {title: getattr(left, name) for name, title in _STATES.items()},
+    }
+
+
+def _left_out(left: dict[str, Any]) -> list[str]:
+    gaps = left["populations"]
+    total = gaps["all together"]
+    text = f"Device and image differ by at most {total['y']:.2g} in y (rms {total['rms_y']:.2g})"
+    causes = sorted(((gap["y"], name) for name, gap in gaps.items() if name in left["without"]), reverse=True)
+    if causes:
+        text += "; by itself " + ", ".join(f"{name} leaves {size:.2g}" for size, name in causes)
+    return [text + "."]
+
+
+def _loops(device: AbstractMemristor, wanted: Transfer) -> dict[str, Any]:
+    """The last period of the loop of the device and of its image, without shots."""
+    x_set = np.asarray(sine_input(periods=wanted.periods, cycles_per_period=wanted.cycles_per_period))
+    last = slice(-wanted.cycles_per_period - 1, None)
+    columns = {}
+    for name, one in (("device", device), ("image", image_of(device))):
+        loop = played(one, x_set)
+        columns[f"x_{name}"] = ("cycle", np.asarray(loop.x)[last])
+        columns[f"y_{name}"] = ("cycle", np.asarray(loop.y)[last])
+    return columns
+
+
+def _settings(config: Config, wanted: Transfer) -> LoopTable:
+    """The loops of a calibration: one at the window of [memory], and one at twice that."""
+    x = np.asarray(sine_input(periods=wanted.periods, cycles_per_period=wanted.cycles_per_period))
+    rows, window = 2 * len(x), config.memory.window_cycles
+    zeros = np.zeros(rows)
+    return LoopTable(
+        loop=np.repeat(["A", "B"], len(x)), cycle=np.tile(np.arange(len(x)), 2), x_set=np.tile(x, 2),
+        window_cycles=np.repeat([window, 2 * window], len(x)), detuning_1_set_hz=zeros, detuning_2_set_hz=zeros,
+        shots=np.full(rows, wanted.shots), n_x=zeros, n_y=zeros, name="calibration",
+    )  # fmt: skip
+
+
+def _target(config: Config, wanted: Transfer, table: LoopTable) -> Side:
+    """The device that is moved to, in the middle of its ranges."""
+    boxes = {name: value for name, value in wanted.target.items() if isinstance(value, tuple)}
+    values: dict[str, Any] = {k: 0.5 * (v[0] + v[1]) if isinstance(v, tuple) else v for k, v in wanted.target.items()}
+    memory = memory_from(config)
+    if wanted.to == "photonic":
+        return side(PhotonicMemristor(memory=memory, source="measured", **values), boxes, table)
+    noise = {name: values.pop(name) for name in SlowNoise.parameters() if name in values}
+    method = {"closed_form": ClosedForm()}.get(config.device.engine, Lindblad(1e-8))
+    slow = SlowNoise(**noise) if noise else None
+    return side(IonMemristor(memory=memory, source="measured", method=method, slow_noise=slow, **values), boxes, table)
+
+
+def _ideal(device: AbstractMemristor, wanted: Transfer) -> float:
+    """Loss of the command map of an ideal device of this platform on an ideal one of the other."""
+    ion = IonMemristor(memory=device.memory, method=ClosedForm(), lifetime_s=np.inf)
+    chip = PhotonicMemristor(memory=device.memory)
+    one, other = (ion, chip) if wanted.to == "photonic" else (chip, ion)
+    return float(map_loss(image(one, other), other, wanted.points))
+
+
+def _plain(found: Interval) -> dict[str, Any]:
+    return {"mean": found.mean, "ci95": [found.low, found.high], "seeds95": [found.seeds_low, found.seeds_high]}
+
+
+def _lost(what: str, every: np.ndarray) -> str:
+    """The price of the move and of not knowing, paired over seeds, in words."""
+    column = dict(zip(BELIEFS, every.T, strict=True))
+    moved, again = (interval(column[name] - column["native"]) for name in ("moved", "recalibrated"))
+    name = what.replace("_", " ").capitalize()
+    return (
+        f"{name}: {np.mean(column['native']):.2g} where the target is known; moved without recalibration "
+        f"{moved.mean:+.2g} ({moved.low:+.2g} to {moved.high:+.2g}), recalibrated {again.mean:+.2g} "
+        f"({again.low:+.2g} to {again.high:+.2g})."
+    )
