@@ -272,9 +272,8 @@ class PhotonicMemristor(AbstractMemristor):
         )
         passed, kept = 0.5 * (1 + c_2), 1 - self.loss_input
         counted = (1 - self.dark_counts) * self.efficiency
-        swing = (
-            passed * kept * c_1 * {"command": 1 / (passed * kept * c_1), "model": 1.0, "measured": counted}[self.source]
-        )
+        seen = passed * kept * c_1
+        swing = {"command": 1.0, "model": seen, "measured": counted * seen}[self.source]
         area = (1 - self.loss) * passed * kept**2 * c_1 * c_2 * swing
         return jnp.where(nominal, area * counted**2 if measured else area, jnp.nan)
 
