@@ -228,6 +228,19 @@ def test_a_stored_pair():
         np.testing.assert_allclose(trace.y[:, k], (x_a, x_b), atol=1e-12)
 
 
+def test_stored_pairs_in_devices_side_by_side():
+    loss = np.array([0.0, 0.3])
+    lossy = dataclasses.replace(IDEAL, loss=jnp.asarray(loss))
+    both = store_pair((lossy, IDEAL), one_excitation(jnp.array([0.3, 0.6])), 5)
+    x_a, x_b = np.array([0.3, 0.6]), np.array([0.7, 0.4])
+    r = (9 * 0.5 + np.stack([x_a, x_b])) / 10
+    np.testing.assert_allclose(both.r[:, 1], r, atol=1e-12)
+    np.testing.assert_allclose(both.y[:, 0], [0.5 * (1 - loss) * x_a, 0.5 * x_b], atol=1e-12)
+    first = 2 * np.sqrt(x_a * x_b) * 0.5 * np.sqrt(1 - loss)
+    np.testing.assert_allclose(both.concurrence_out[0], first, atol=1e-12)
+    assert both.valid.shape == (5, 2)
+
+
 def test_detectors_reach_the_memory_where_it_is_measured():
     noisy = dataclasses.replace(IDEAL, dark_counts=jnp.asarray(0.1), efficiency=jnp.asarray(7 / 9))
     x = X

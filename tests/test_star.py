@@ -56,7 +56,7 @@ def test_closed_form_against_plain_numbers(wiring, cascade):
     np.testing.assert_allclose(np.sum(loop.populations, axis=0), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize("cascade", [True, False])
+@pytest.mark.parametrize("cascade", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dynamics_of_separated_pulses_are_the_closed_form(cascade):
     star = dataclasses.replace(IDEAL, wiring=CROSSED, cascade=cascade)
     loop = run_star(star, X_SET)
@@ -256,12 +256,34 @@ def test_shots_enter_the_memories():
     np.testing.assert_allclose(expectation.r[0, 1], first, atol=1e-12)
 
 
-def test_devices_side_by_side():
-    scales = np.array([[1.0, 1.1], [1.0, 0.9], [1.0, 1.0], [1.0, 0.95]])
-    both = run_star(dataclasses.replace(CLOSED, rabi_scales=jnp.asarray(scales)), X_SET[..., None])
+def test_devices_side_by_side(shifted):
+    """Every number of a lane of its own, in the full dynamics."""
+    lanes = {
+        "rabi_scales": np.array([[1.0, 1.1], [1.0, 0.9], [1.0, 1.0], [1.0, 0.95]]),
+        "detunings_hz": np.array([[4e3, 0.0], [-3e3, 100.0], [0.0, 0.0], [3e3, 0.0]]),
+        "sigma_s": SIGMA_S * np.array([1.0, 0.9]),
+        "field_tesla": np.array([2e-5, 5e-5]),
+    }
+    commands = jnp.array([0.4, 0.6]), jnp.array([0.3, 0.5])
+    both = dataclasses.replace(shifted, **{name: jnp.asarray(value) for name, value in lanes.items()}).prepared()
+    found = both.respond(*commands).populations
     for k in (0, 1):
-        alone = run_star(dataclasses.replace(CLOSED, rabi_scales=jnp.asarray(scales[:, k])), X_SET)
-        np.testing.assert_allclose(both.y[..., k], alone.y, atol=1e-12)
+        own = {name: jnp.asarray(value[..., k]) for name, value in lanes.items()}
+        alone = dataclasses.replace(both, **own).respond(*commands)
+        np.testing.assert_allclose(found[..., k], alone.populations, atol=1e-9)
+    # The memories too.
+    windows = np.array([3.0, 4.0])
+    closed = dataclasses.replace(
+        CLOSED, rabi_scales=jnp.asarray(lanes["rabi_scales"]), memories=(MovingAverage(windows), MovingAverage(3.0))
+    )
+    loop = run_star(closed, X_SET[..., None])
+    for k in (0, 1):
+        alone = dataclasses.replace(
+            CLOSED,
+            rabi_scales=jnp.asarray(lanes["rabi_scales"][:, k]),
+            memories=(MovingAverage(windows[k]), MovingAverage(3.0)),
+        )
+        np.testing.assert_allclose(loop.y[..., k], run_star(alone, X_SET).y, atol=1e-12)
 
 
 def test_bad_inputs_spoil_their_cycle_and_those_that_remember_it():

@@ -213,15 +213,16 @@ class Star(eqx.Module):
 
     def areas(self, x_set, r) -> Float[Array, "4 ..."]:
         """Areas that the ion sees for commanded inputs and transfers, each of shape (2, ...), rad."""
-        nominal = jnp.stack([set_area(1 - x_set[0]), set_area(r[0]), set_area(1 - x_set[1]), set_area(r[1])])
-        missing = nominal.ndim - self.rabi_scales.ndim
-        areas = self.rabi_scales.reshape((4,) + (1,) * missing + self.rabi_scales.shape[1:]) * nominal
+        nominal = (set_area(1 - x_set[0]), set_area(r[0]), set_area(1 - x_set[1]), set_area(r[1]))
+        rows = [self.rabi_scales[k] * theta for k, theta in enumerate(nominal)]
+        areas = jnp.stack(jnp.broadcast_arrays(*rows))
         if self.beam is None:
             return areas
         # int Omega^3 dt = theta^3 / (2 pi sqrt(3) sigma^2) of a Gaussian.
         dressing = [sum(ratio**2 / (8 * delta**2) for ratio, delta in row) for row in self._neighbours()]
         scale = 1 / (2 * math.pi * math.sqrt(3) * self.sigma_s**2)
-        return jnp.stack([theta * (1 - scale * d * theta**2) for theta, d in zip(areas, dressing, strict=True)])
+        rows = [theta * (1 - scale * d * theta**2) for theta, d in zip(areas, dressing, strict=True)]
+        return jnp.stack(jnp.broadcast_arrays(*rows))
 
     def respond(self, x_set, r) -> Solution:
         """One cycle: all four runs, as the first batch axis of a `Solution`; x_set and r of shape (2, *batch)."""
@@ -240,6 +241,7 @@ class Star(eqx.Module):
         """Areas, which pulses each run plays (pulses, runs, ...), and the number of batch axes."""
         areas = self.areas(x_set, r)
         axes = max(areas.ndim - 1, len(batch_shape(self)))
+        areas = areas.reshape((4,) + (1,) * (axes + 1 - areas.ndim) + areas.shape[1:])
         played = (_CASCADE if self.cascade else _APART).T
         return areas, real_array(played.reshape((4, 4) + (1,) * axes)), axes
 
