@@ -104,7 +104,8 @@ def capacities(
 
     A target that has nothing to do with n features takes, by chance, a share of its variance that is distributed as
     Beta(n/2, (T - 1 - n)/2) over T steps (exact for normal features, and the limit of long records). The threshold is
-    the share that no more than `false_positives` of all targets together are expected to exceed.
+    the share that no more than `false_positives` of all targets together are expected to exceed; capacities above it
+    have the mean that chance adds taken off, as an adjusted coefficient of determination has.
 
     Args:
         features: what is read out in each step.
@@ -131,7 +132,9 @@ def capacities(
         z = z - z.mean()
         values[k] = np.sum((u.T @ z) ** 2) / np.sum(z**2)
     threshold = float(beta.isf(false_positives / len(terms), rank / 2, (steps - 1 - rank) / 2))
-    return Capacities(tuple(terms), np.where(values > threshold, values, 0.0), threshold, rank)
+    # What chance adds on average is taken off again, or sums over many targets would pass the number of features.
+    unbiased = 1 - (1 - values) * (steps - 1) / (steps - 1 - rank)
+    return Capacities(tuple(terms), np.where(values > threshold, unbiased, 0.0), threshold, rank)
 
 
 def memory_capacity(

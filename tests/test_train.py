@@ -11,7 +11,7 @@ from calibration.train import Free, Reservoir, _with, score, train_devices, trai
 from experiments.tasks import second_order_narma
 from twin.graph import ring, uncoupled
 from twin.memory import Exponential, MovingAverage
-from twin.memristor import PhotonicMemristor
+from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor
 from twin.network import Encoding, Network, play
 
 RUN = second_order_narma(0, 400)
@@ -34,10 +34,12 @@ FREE = {
 
 def test_the_read_out_sees_what_is_measured():
     """Errors of a detector belong to the features; counts estimate them."""
-    with_errors = eqx.tree_at(lambda r: r.network.nodes[0].loss, reservoir(seen=("x", "y")), jnp.asarray(0.2))
+    ion = IonMemristor(memory=Exponential(jnp.linspace(1.5, 8.0, 4)), method=ClosedForm(), readout_error_dark=0.1)
+    with_errors = eqx.tree_at(lambda r: r.network.nodes, reservoir(seen=("x", "y")), (ion,))
     trace = play(with_errors.network, INPUTS)
     features = with_errors.features(INPUTS)
     np.testing.assert_array_equal(features, jnp.concatenate([trace.p_x, trace.p_y], axis=1))
+    np.testing.assert_allclose(features, 0.9 * jnp.concatenate([trace.x, trace.y], axis=1), rtol=1e-12)
     shots = 200
     counted = with_errors.features(INPUTS, shots=shots, key=jax.random.key(0))
     np.testing.assert_allclose(counted * shots, jnp.round(counted * shots), atol=1e-10)
