@@ -143,7 +143,8 @@ def test_a_reservoir_learns_the_more_the_more_shots():
     loss = eqx.filter_jit(reservoir_loss)
     of = lambda shots: task(MEMORY, shots=shots, periods=2, cycles_per_period=20, nodes=10, points=3)
     few, many = (float(loss(element(), element(), of(n), jax.random.key(4))) for n in (400, 10**8))
-    assert many < 0.2 < few < 1
+    # Ten nodes leave a fifth of the variance whatever the shots.
+    assert many < 0.3 < few < 1
 
 
 # ------------------------------------------------------------------------------------------------ the study
