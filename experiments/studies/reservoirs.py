@@ -312,7 +312,7 @@ def table(done: dict[str, Any]) -> str:
 
 def scale() -> None:
     """Times 1,000 nodes over 100,000 steps, and a batch of hyper-parameters of 100 nodes."""
-    steps, count, block = 100_000, 1000, 50
+    steps, count, block = 100_000, 1000, 4
     u = jnp.asarray(tasks.second_order_narma(0, steps).scaled)[:, None]
     tau = jnp.geomspace(1.0, 300.0, count).reshape(-1, block)
 
