@@ -96,7 +96,15 @@ def dense(device, x, r, alone):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("fields", [{}, REAL, {"visibility_1": 0.0, "visibility_2": 0.3, "loss": 1.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        REAL,
+        {"visibility_1": 0.0, "visibility_2": 0.3, "loss": 1.0},
+        *({name: REAL[name]} for name in REAL if name.startswith("phase_scale") or name.startswith("phase_offset")),
+    ],
+)
 def test_states_are_those_of_dense_linear_optics(fields, alone):
     device = photonic(**fields)
     x, r = (jnp.array(column) for column in zip(*COMMANDS, strict=True))
@@ -210,6 +218,7 @@ def test_the_area_of_a_spoiled_loop_is_that_of_the_formula(source, measured):
         ({"visibility_1": 0.8}, "command", 0.8),
         ({"visibility_1": 0.8}, "model", 0.8**2),
         ({"visibility_2": 0.8}, "command", 0.8 * 0.9),
+        ({"loss_input": 1.0}, "command", 0.0),
         ({"efficiency": 0.5}, "measured", 0.5),
         ({"efficiency": 0.5}, "model", 1.0),
     ],
@@ -303,9 +312,18 @@ def test_an_ideal_element_answers_its_commands_to_the_edges():
 
 
 def test_the_shortcut_of_ideal_phases_has_the_slopes_of_the_long_way():
-    near = lambda scale: interferometer(jnp.array([0.2, 0.9]), scale, 0.0, 1.0, 0.0).transfer
-    _, slope = jax.jvp(near, (1.0,), (1.0,))
-    np.testing.assert_allclose(slope, (near(1 + 1e-6) - near(1 - 1e-6)) / 2e-6, rtol=0, atol=1e-9)
+    x, r = jnp.array([0.2, 0.9]), jnp.array([0.7, 0.4])
+
+    @jax.jit
+    def seen(fields):
+        response = photonic(**fields).respond(x, r, NONE, NONE, alone=False)
+        return jnp.concatenate([response.populations.ravel(), response.coherence_vs[0]])
+
+    nominal = {"phase_scale_1": 1.0, "phase_scale_2": 1.0, "phase_offset_1_rad": 0.0, "phase_offset_2_rad": 0.0}
+    slopes = jax.jacfwd(seen)(nominal)
+    for name, value in nominal.items():
+        ends = [seen(nominal | {name: value + step}) for step in (1e-5, -1e-5)]
+        np.testing.assert_allclose(slopes[name], (ends[0] - ends[1]) / 2e-5, rtol=0, atol=1e-9, err_msg=name)
 
 
 @jax.jit

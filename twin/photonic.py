@@ -5,6 +5,7 @@ that into the feedback mode, whose detector keeps the memory. Logical vacuum (v)
 feedback mode; logical one (s) is the photon in the signal mode; m is the photon in the feedback mode.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -62,8 +63,13 @@ def interferometer(command, scale, offset_rad, visibility, noise_rad) -> Interfe
     command, scale, offset_rad, visibility, noise_rad = map(
         real_array, (command, scale, offset_rad, visibility, noise_rad)
     )
+    return _interferometer(command, _half_turn(command, scale, offset_rad), visibility, noise_rad)
+
+
+def _interferometer(command, half_turn, visibility, noise_rad) -> Interferometer:
+    """The same, from cosine and sine of half of what phi has more than its nominal value."""
+    cos, sin = half_turn
     stay, move = flat_root(1 - command), flat_root(command)
-    cos, sin = _half_turn(command, scale, offset_rad)
     cos_full, sin_full = cos * cos - sin * sin, 2 * cos * sin
     sharp = command * cos_full + sin * sin + stay * move * sin_full
     noise = noise_rad * noise_rad
@@ -77,24 +83,20 @@ def interferometer(command, scale, offset_rad, visibility, noise_rad) -> Interfe
     )
 
 
-@jax.custom_jvp
 def _half_turn(command, scale, offset_rad) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Cosine and sine of half of phi less its nominal value; an ideal element rounds nothing and pays for nothing."""
+    return cos_sin(0.5 * ((scale - 1) * set_area(command) + offset_rad))
+
+
+@jax.custom_jvp
+def _no_turn(command, scale, offset_rad) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """`_half_turn` where scale is 1 and offset 0: constants, with the same derivatives."""
     shape = jnp.broadcast_shapes(command.shape, scale.shape, offset_rad.shape)
-    return lax.cond(
-        jnp.all(scale == 1) & jnp.all(offset_rad == 0),
-        lambda: (jnp.ones(shape), jnp.zeros(shape)),
-        lambda: cos_sin(0.5 * ((scale - 1) * set_area(command) + offset_rad)),
-    )
+    return jnp.ones(shape), jnp.zeros(shape)
 
 
-@_half_turn.defjvp
-def _half_turn_jvp(primals, tangents):
-    (command, scale, offset_rad), (d_command, d_scale, d_offset) = primals, tangents
-    cos, sin = _half_turn(command, scale, offset_rad)
-    area, d_area = jax.jvp(set_area, (command,), (d_command,))
-    turn = 0.5 * (d_scale * area + (scale - 1) * d_area + d_offset)
-    return (cos, sin), (-sin * turn, cos * turn)
+@_no_turn.defjvp
+def _no_turn_jvp(primals, tangents):
+    return jax.jvp(_half_turn, primals, tangents)
 
 
 class PhotonicMemristor(AbstractMemristor):
@@ -162,11 +164,19 @@ class PhotonicMemristor(AbstractMemristor):
 
     def _respond(self, x_set, r_set, *, alone, of_cycle=None) -> Response:
         del of_cycle
-        block = self._block(x_set, r_set, alone)
-        s, m = block.signal, block.feedback
+        x_set, r_set = real_array(x_set), real_array(r_set)
+
         valid = self._valid(x_set, r_set, alone)
-        populations = jnp.where(valid, jnp.stack(jnp.broadcast_arrays(1 - s - m, s, m)), jnp.nan)
-        coherence = jnp.where(valid, block.reference_signal, jnp.nan)
+
+        def answer(half_turn):
+            block = self._block(x_set, r_set, alone, half_turn)
+            s, m = block.signal, block.feedback
+            populations = jnp.stack(jnp.broadcast_arrays(1 - s - m, s, m))
+            return jnp.where(valid, populations, jnp.nan), jnp.where(valid, block.reference_signal, jnp.nan)
+
+        # Nominal phases need no trigonometry, which would take most of the time.
+        nominal = jnp.all(jnp.stack([jnp.all(phase == 0) for phase in self._phase_errors]))
+        populations, coherence = lax.cond(nominal, lambda: answer(_no_turn), lambda: answer(_half_turn))
         return Response(
             populations,
             jnp.stack([coherence, jnp.zeros_like(coherence)]),
@@ -202,6 +212,7 @@ class PhotonicMemristor(AbstractMemristor):
         Returns:
             Shape (2, 2, *batch), trace 1, real in the frame of a symmetric drive; NaN outside the ranges.
         """
+        x_set, r_set = real_array(x_set), real_array(r_set)
         block, valid = self._block(x_set, r_set, alone), self._valid(x_set, r_set, alone)
         one, between = block.signal, block.reference_signal
         return _matrix([[1 - one, between], [between, one]], valid)
@@ -216,6 +227,7 @@ class PhotonicMemristor(AbstractMemristor):
             Shape (3, 3, *batch) over reference, signal and feedback mode; its trace is the probability that the photon
             is not lost. Without imperfections it is the projector on (sqrt(1-x), sqrt(x (1-R)), sqrt(x R)).
         """
+        x_set, r_set = real_array(x_set), real_array(r_set)
         b, valid = self._block(x_set, r_set, alone), self._valid(x_set, r_set, alone)
         return _matrix(
             [
@@ -246,7 +258,7 @@ class PhotonicMemristor(AbstractMemristor):
         References: derived here. Entropy 28, 507 (2026), which is known by its abstract, says that loss deforms the
             pinched loop.
         """
-        phases = (self.phase_scale_1 - 1, self.phase_scale_2 - 1, self.phase_offset_1_rad, self.phase_offset_2_rad)
+        phases = self._phase_errors
         if not is_traced(phases) and any(np.any(np.asarray(phase)) for phase in phases):
             raise ValueError("`area_factor` needs phase scales of 1 and no offsets, but a phase is not nominal here; "
                              "take the area of `run` instead.")  # fmt: skip
@@ -260,11 +272,15 @@ class PhotonicMemristor(AbstractMemristor):
         )
         passed, kept = 0.5 * (1 + c_2), 1 - self.loss_input
         counted = (1 - self.dark_counts) * self.efficiency
-        swing = (
-            passed * kept * c_1 * {"command": 1 / (passed * kept * c_1), "model": 1.0, "measured": counted}[self.source]
-        )
+        seen = passed * kept * c_1
+        swing = {"command": 1.0, "model": seen, "measured": counted * seen}[self.source]
         area = (1 - self.loss) * passed * kept**2 * c_1 * c_2 * swing
         return jnp.where(nominal, area * counted**2 if measured else area, jnp.nan)
+
+    @property
+    def _phase_errors(self) -> tuple[Float[Array, "..."], ...]:
+        """What vanishes where phases are nominal."""
+        return self.phase_scale_1 - 1, self.phase_scale_2 - 1, self.phase_offset_1_rad, self.phase_offset_2_rad
 
     def _valid(self, x_set, r_set, alone) -> Bool[Array, "..."]:
         """Commands in [0, 1]; parameters, which may be traced, in their ranges."""
@@ -277,14 +293,15 @@ class PhotonicMemristor(AbstractMemristor):
             valid = valid & (value >= 0)
         return valid & jnp.isfinite(self.phase_offset_1_rad + self.phase_offset_2_rad)
 
-    def _block(self, x_set, r_set, alone) -> "_Block":
-        one = interferometer(
-            x_set, self.phase_scale_1, self.phase_offset_1_rad, self.visibility_1, self.phase_noise_1_rad
-        )
+    def _block(self, x_set, r_set, alone, half_turn: Callable = _half_turn) -> "_Block":
         # Known beforehand, the open stage is solved once and not in every cycle.
-        r_set = 0.0 if alone is True else jnp.where(alone, 0.0, r_set)
-        two = interferometer(
-            r_set, self.phase_scale_2, self.phase_offset_2_rad, self.visibility_2, self.phase_noise_2_rad
+        r_set = jnp.zeros(()) if alone is True else jnp.where(alone, 0.0, r_set)
+        one, two = (
+            _interferometer(command, half_turn(command, scale, offset), visibility, noise)
+            for command, scale, offset, visibility, noise in (
+                (x_set, self.phase_scale_1, self.phase_offset_1_rad, self.visibility_1, self.phase_noise_1_rad),
+                (r_set, self.phase_scale_2, self.phase_offset_2_rad, self.visibility_2, self.phase_noise_2_rad),
+            )
         )
         arrived = 1 - self.loss_input
         left = 1 - jnp.where(alone, 0.0, self.loss)
