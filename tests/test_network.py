@@ -297,16 +297,18 @@ def test_checkpoints_change_no_number():
 
 @pytest.mark.slow
 def test_gradients_through_the_full_dynamics():
-    """A traced Rabi scale, of a device planned for its box, and a traced window of a known device."""
+    """Ten ions, 200 steps: a traced Rabi scale, of a device planned for its box, and a traced window of a known one."""
+    u = np.random.default_rng(11).uniform(0, 1, (200, 1))
     device = IonMemristor(memory=MovingAverage(2.5, capacity=8), detuning_2_hz=800.0)
     laid = planned(device, {"rabi_scale_1": (0.9, 1.1)}, solves=1e6)
 
     def loss(v):
         devices = (
-            dataclasses.replace(laid, rabi_scale_1=v["rabi"] + jnp.zeros(2)),
-            dataclasses.replace(device, memory=MovingAverage(v["window"] + jnp.zeros(3), capacity=8)),
+            dataclasses.replace(laid, rabi_scale_1=v["rabi"] + jnp.zeros(4)),
+            dataclasses.replace(device, memory=MovingAverage(v["window"] + jnp.zeros(6), capacity=8)),
         )
-        return jnp.sum(play(Network(devices, graph.ring(N, 0.3), Encoding(W_IN, 0.1)), U).y)
+        encoding = Encoding(jnp.linspace(0.2, 0.6, 10)[:, None], 0.1)
+        return jnp.sum(play(Network(devices, graph.ring(10, 0.3), encoding), u).y)
 
     at = {"rabi": jnp.asarray(0.98), "window": jnp.asarray(3.4)}
     value, slopes = jax.jit(loss), jax.jit(jax.grad(loss))(at)

@@ -22,6 +22,11 @@ from twin.trigonometry import transfer_area
 _ORDERS = 16
 
 
+def _of_quantity(leading: int) -> Any:
+    """A field whose first axes are no batch: see `twin.batching`."""
+    return eqx.field(metadata={"leading": leading})
+
+
 class Answer(NamedTuple):
     """Signal and probability of its assignment, each of the shape of the commands, and whether they are good."""
 
@@ -45,10 +50,10 @@ class NodeSeries(eqx.Module):
 
     reach_1: Float[Array, "..."]
     reach_2: Float[Array, "..."]
-    alone: tuple[Float[Array, "orders ..."], Float[Array, "orders ..."]]
-    first: Float[Array, "orders levels ..."]
-    second: tuple[Float[Array, "orders levels ..."], Float[Array, "orders levels ..."]]
-    residual: tuple[Float[Array, "rest rest ..."], Float[Array, "rest rest ..."]]
+    alone: tuple[Float[Array, "orders ..."], Float[Array, "orders ..."]] = _of_quantity(1)
+    first: Float[Array, "orders levels ..."] = _of_quantity(2)
+    second: tuple[Float[Array, "orders levels ..."], Float[Array, "orders levels ..."]] = _of_quantity(2)
+    residual: tuple[Float[Array, "rest rest ..."], Float[Array, "rest rest ..."]] = _of_quantity(2)
     inverted: bool = eqx.field(static=True)
     good: tuple[Bool[Array, "..."], Bool[Array, "..."]]
 
