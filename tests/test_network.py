@@ -335,3 +335,13 @@ def test_shared_memories_turn_areas_by_the_phase_of_the_neighbours():
         trace = play(Network((device,), graph.shared_memory(nodes, own, (1 - own) / 2)), x)
         areas = jax.vmap(signed_area, in_axes=1)(trace.x[2 * cycles :], trace.y[2 * cycles :])
         np.testing.assert_allclose(areas, 0.2680153507 * (own + (1 - own) * np.cos(np.pi / 5)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("source", ["measured", "model", "command"])
+def test_an_edge_carries_what_a_controller_sees(source):
+    made = network(graph.ring(N, 0.5), photonic(source=source, efficiency=0.8, dark_counts=0.05))
+    for more in ({}, {"shots": 50, "key": jax.random.key(0)}):
+        trace = play(made, U, **more)
+        sent = trace.y if source == "model" else trace.n_y / 50 if more else trace.p_y
+        drive = 0.1 + U @ W_IN.T
+        np.testing.assert_allclose(trace.x_set[1:], drive[1:] + 0.5 * np.roll(sent[:-1], 1, axis=1), rtol=1e-12)

@@ -24,7 +24,7 @@ from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
 from twin.dynamics import StaticGrid
 from twin.graph import Graph
-from twin.loop import SOURCES, AbstractMemristor, Settings, feedback, within_rounding
+from twin.loop import SOURCES, AbstractMemristor, Settings, within_rounding
 from twin.memory import HISTORY, MovingAverage
 from twin.node_series import Tabulated, has_series, node_series
 from twin.planning import Automatic, Lindblad, chosen
@@ -192,7 +192,7 @@ def play(
 
     Returns:
         A `Trace`. What a node sends is what a controller sees: by the device's source counts over shots or their
-        expectation ("measured"), populations ("model"); of x "command" sends the command.
+        expectation ("measured"), populations ("model"); "command" sends the command in place of x, and y as measured.
 
     Raises:
         ValueError: inputs of another shape; shots without a key or the reverse; an unknown form or field; "parallel"
@@ -275,15 +275,22 @@ class _Player:
             valid = response.valid
         valid = valid & (x_set >= 0) & (x_set <= 1)
         population, p = (jnp.where(valid, value, jnp.nan) for value in values)
+        # Who reads a population does not compute it again.
+        population = jax.lax.optimization_barrier(population)
         names = ("x", "p_x") if r is None else ("y", "p_y")
         return {names[0]: population, names[1]: p, "valid": valid}
 
     def sent(self, run: str, known: dict[str, Array], shots) -> Array:
         """What edges and memories see of the run "x" or "y"."""
         population, p, counts = known[run], known[f"p_{run}"], known.get(f"n_{run}")
-        if run == "y" and self.device.source == "command":
+        if self.device.source == "model":
             return within_rounding(population)
-        return jnp.where(jnp.isnan(p), jnp.nan, feedback(self.device, known["x_set"], population, p, counts, shots))
+        # What was commanded is known of inputs only.
+        if self.device.source == "command" and run == "x":
+            seen = known["x_set"]
+        else:
+            seen = within_rounding(p) if counts is None else counts / shots
+        return jnp.where(jnp.isnan(population), jnp.nan, seen)
 
 
 class _Board:
