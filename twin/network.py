@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from twin.area_series import AreaSeries
-from twin.batching import batch_shape, is_traced, physical, real_array
+from twin.batching import batch_shape, check_values, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
 from twin.dynamics import StaticGrid
 from twin.graph import Graph
@@ -74,6 +74,10 @@ class Network(eqx.Module):
 
     def __check_init__(self):
         total = self.graph.nodes
+        if len(self.counts) != len(self.nodes):
+            raise ValueError(
+                f"`sizes` must have one number for each of {len(self.nodes)} devices, but is {self.sizes}."
+            )
         if sum(self.counts) != total:
             raise ValueError(
                 f"the devices stand for {self.counts} nodes, but the graph has {total}; "
@@ -87,11 +91,15 @@ class Network(eqx.Module):
                 )
             if device.source not in SOURCES:
                 raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
-        if self.encoding is not None and self.encoding.weights.shape[0] != total:
-            raise ValueError(
-                f"the encoding's `weights` must have one row for each of {total} nodes, "
-                f"but have shape {self.encoding.weights.shape}."
-            )
+        if self.encoding is not None:
+            w, b = self.encoding.weights.shape, self.encoding.bias.shape
+            if len(w) != 2 or w[0] != total:
+                raise ValueError(
+                    f"the encoding's `weights` must have one row for each of {total} nodes and one column a channel, "
+                    f"but have shape {w}."
+                )
+            if b not in ((), (total,)):
+                raise ValueError(f"the encoding's `bias` must be one number or have shape ({total},), but has {b}.")
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -195,8 +203,8 @@ def play(
         expectation ("measured"), populations ("model"); of x "command" sends the command.
 
     Raises:
-        ValueError: inputs of another shape; shots without a key or the reverse; an unknown form or field; "parallel"
-            where outputs come back.
+        ValueError: inputs of another shape; shots below 1, fractional, or without a key; an unknown form or field;
+            "parallel" where outputs come back.
 
     Example:
         >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
@@ -204,6 +212,8 @@ def play(
     """
     if (shots is None) != (key is None):
         raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    whole = lambda n: (n >= 1) & (n == np.floor(n))
+    check_values("shots", shots, whole, "whole and at least 1", "None plays expectation values")
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
     if checkpoint_cycles is not None and checkpoint_cycles < 1:
