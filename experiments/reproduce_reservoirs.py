@@ -29,7 +29,7 @@ SEEDS = 40
 _STEPS, _WASHOUT, _TRAIN = 1000, 20, 480
 _RIDGE = 1e-6
 
-# tau in cycles; error; the scatter that MerLin states for its own ten runs, else None: our derivation with 200 other seeds.
+# tau in cycles; error; scatter that MerLin states for its own ten runs, or None: our derivation with 200 other seeds.
 _TAU = (
     (1.0, 2.080e-4, None),
     (2.0, 1.009e-4, None),
