@@ -114,14 +114,27 @@ def capacities(
         false_positives: expected number of targets above the threshold by chance.
 
     Raises:
-        ValueError: a washout shorter than the longest delay, or too few steps.
+        ValueError: a washout shorter than the longest delay, too few steps, or features that are not finite or that
+            do not vary.
     """
     longest = max(delay for term in terms for delay, _ in term)
     if washout < longest:
         raise ValueError(f"`washout` must be at least the longest delay, {longest} steps, but is {washout}.")
     rest = np.asarray(features)[washout:]
     steps = len(rest)
+    if not np.all(np.isfinite(rest)):
+        step, column = np.argwhere(~np.isfinite(rest))[0] + (washout, 0)
+        raise ValueError(
+            f"features must be finite after the washout, but that of column {column} is not in step {step}: keep the "
+            "commands of the reservoir in [0, 1]."
+        )
     u, s, _ = np.linalg.svd(rest - rest.mean(axis=0), full_matrices=False)
+    # What is left of constants once their mean is off is rounding of a sum over the steps.
+    if s[0] <= steps * np.finfo(float).eps * np.linalg.norm(rest):
+        raise ValueError(
+            f"features must vary, but all {rest.shape[1]} columns are constant after the washout: drive the reservoir "
+            "with the inputs."
+        )
     rank = int(np.sum(s > _RANK * s[0]))
     if steps < 2 * rank + 2:
         raise ValueError(f"{steps} steps are too few for {rank} features: give at least {2 * rank + 2}.")

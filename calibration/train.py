@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from calibration._minimize import Stage, minimize
 from calibration.readout import SHARES, Chosen, Readout, Split, chosen_readout, nmse, ridge_readout
+from twin.batching import is_traced
 from twin.network import Network, play
 
 SEEN = ("x", "y")
@@ -89,8 +90,20 @@ def train_readout(
 
     Returns:
         The reservoir with its read-out, and what was found; `Chosen.test` is the error on the test part.
+
+    Raises:
+        ValueError: parts that do not fit the record, or cycles of them that are not valid, where known.
     """
-    chosen = chosen_readout(reservoir.features(inputs, shots=shots, key=key), targets, split, tuple(shares))
+    split.check(inputs.shape[0])
+    features = reservoir.features(inputs, shots=shots, key=key)
+    used = features[split.washout : sum(split)]
+    if not is_traced(used) and not np.all(np.isfinite(used)):
+        step, column = np.argwhere(~np.isfinite(used))[0] + (split.washout, 0)
+        raise ValueError(
+            f"features must be finite after the washout, but that of column {column} is not in step {step}: keep the "
+            "commands in [0, 1] by smaller encodings or edges."
+        )
+    chosen = chosen_readout(features, targets, split, tuple(shares))
     return eqx.tree_at(lambda r: r.readout, reservoir, chosen.readout, is_leaf=lambda leaf: leaf is None), chosen
 
 
@@ -183,8 +196,12 @@ def train_devices(
         starts: the first start is the reservoir as it is, others are drawn with `seed` over the bounds.
         on_progress: called now and then with the iterations done and the losses (log10 of the error).
 
+    Derivatives by a command of exactly 0 or 1 are given as 0 for ions (`twin.closed_form.set_area`), and are right for
+    photonic nodes of nominal phases: train encodings of ions from commands inside the interval.
+
     Raises:
-        ValueError: nothing free, a value outside its bounds, parts that do not fit the record or are empty.
+        ValueError: nothing free, a value outside its bounds, parts that do not fit the record or are empty, or a
+            command outside [0, 1] (or a cycle that is not valid) at every start.
     """
     split.check(inputs.shape[0])
     if not free:
@@ -202,6 +219,11 @@ def train_devices(
     args = (reservoir, tuple(free.values()), inputs, targets, jnp.asarray(ridge, float), split)
     stage = Stage("adam", iterations, tolerance=1e-9, learning_rate=learning_rate)
     found = minimize(_loss, args, np.concatenate([points, drawn]), stage, on_progress=on_progress)
+    if np.all(np.isnan(np.asarray(found.values))):
+        raise ValueError(
+            "training must start where the error of the reservoir is a number, but it is NaN at every start: keep the "
+            "commands in [0, 1] by smaller encodings or edges, or bound what is free more tightly."
+        )
     best = int(np.nanargmin(np.asarray(found.values)))
     trained = eqx.filter_jit(_with)(reservoir, args[1], found.points[best])
     errors = [

@@ -73,3 +73,10 @@ def test_bad_input_is_refused():
         capacities(delayed(1), INPUTS, terms_up_to((10,)), washout=5)
     with pytest.raises(ValueError, match="too few for 3 features"):
         capacities(delayed(0, 1, 2)[:25], INPUTS[:25], terms_up_to((10,)), washout=WASHOUT)
+    broken = delayed(0, 1)
+    broken[[3, 40], 1] = np.nan  # the first of them is washed out
+    with pytest.raises(ValueError, match="that of column 1 is not in step 40"):
+        capacities(broken, INPUTS, terms_up_to((5,)), washout=WASHOUT)
+    for constant in (0.0, 0.3):
+        with pytest.raises(ValueError, match="all 2 columns are constant after the washout"):
+            capacities(np.full((len(INPUTS), 2), constant), INPUTS, terms_up_to((5,)), washout=WASHOUT)

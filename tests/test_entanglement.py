@@ -27,6 +27,7 @@ from twin.qubit_pairs import (
     werner,
     x_concurrence,
 )
+from twin.slow_noise import SlowNoise
 from twin.wiring import CROSSED, OWN
 
 IDEAL = PhotonicMemristor(memory=MovingAverage(10.0))
@@ -411,6 +412,21 @@ def test_refusals():
         play_pair((IDEAL, IDEAL), one_excitation(0.5))
     with pytest.raises(ValueError, match=r"`source` must be one of"):
         play_pair((dataclasses.replace(IDEAL, source="guess"), IDEAL), states)
+    # One detuning per shot turns the coherence before pulse 2 and during it: the average forgets that, populations too.
+    shaken = dataclasses.replace(ION, slow_noise=SlowNoise(detuning_noise_1_hz=500.0))
+    for refused in (
+        lambda: node_channel(shaken, jnp.array([0.5])),
+        lambda: play_pair((IDEAL, shaken), states),
+        lambda: store_pair((shaken, IDEAL), one_excitation(0.5), 2),
+    ):
+        with pytest.raises(ValueError, match=r"averaged over `slow_noise` do not show the channel"):
+            refused()
+
+
+def test_the_ideal_node_has_gradients_at_its_edges():
+    left = lambda r: jnp.sum(damping(r).factor)
+    slope = jax.vmap(jax.grad(left))(jnp.array([0.0, 0.36, 1.0]))
+    np.testing.assert_allclose(slope, [-0.5, -0.625, 0.0], atol=1e-15)
 
 
 def test_a_bad_transfer_spoils_its_own_lane():

@@ -41,5 +41,11 @@ def test_named_commands_and_files_exist():
                 assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
 
 
+def test_no_placeholder_is_left():
+    """A word in capitals that has a line of its own is where a table or a number was to be put."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        assert not re.findall(r"^\s*[A-Z]{4,}\s*$", page.read_text(encoding="utf-8"), re.MULTILINE), page.name
+
+
 def test_help_runs():
     assert CliRunner().invoke(cli, ["--help"]).exit_code == 0

@@ -38,6 +38,7 @@ def test_the_read_out_sees_what_is_measured():
     with_errors = eqx.tree_at(lambda r: r.network.nodes, reservoir(seen=("x", "y")), (ion,))
     trace = play(with_errors.network, INPUTS)
     features = with_errors.features(INPUTS)
+    # Another program than that of all fields: alike to rounding.
     np.testing.assert_allclose(features, jnp.concatenate([trace.p_x, trace.p_y], axis=1), rtol=1e-14)
     np.testing.assert_allclose(features, 0.9 * jnp.concatenate([trace.x, trace.y], axis=1), rtol=1e-12)
     shots = 200
@@ -143,3 +144,8 @@ def test_bad_input_is_refused():
         score(reservoir(), INPUTS, TARGETS, Split(20, 150, 0, 60), 1e-6)
     with pytest.raises(ValueError, match="but the record has 400"):
         score(reservoir(), INPUTS, TARGETS, Split(20, 150, 130, 101), 1e-6)
+    outside = eqx.tree_at(lambda r: r.network.encoding.bias, reservoir(), jnp.array([0.1, 0.9, 0.1, 0.1]))
+    with pytest.raises(ValueError, match=r"that of column 1 is not in step \d+: keep the commands"):
+        train_readout(outside, INPUTS, TARGETS, SPLIT)
+    with pytest.raises(ValueError, match="NaN at every start: keep the commands"):
+        train_devices(outside, INPUTS, TARGETS, SPLIT, {"tau": FREE["tau"]}, iterations=2)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from twin import qubit_pairs
 from twin.batching import real_array
+from twin.closed_form import flat_root
 from twin.loop import SOURCES, AbstractMemristor, Responder, Response, Settings
 from twin.qubit_pairs import Correlations
 from twin.wiring import OWN, into_memories, wiring_weights
@@ -40,8 +41,8 @@ class QubitChannel(eqx.Module):
     Attributes:
         transfer: populations out (first axis) of populations in, order v, s; shape (2, 2, *batch).
         factor: real and imaginary part of the factor of rho_vs, shape (2, *batch).
-        residual: by how much the device's own output populations and coherence differ from this map for an input that
-            was not used to find it; shape (*batch). Zero where pulses are apart and do not share noise.
+        residual: by how much the device's own output populations differ from this map for an input that was not used
+            to find it; shape (*batch). Zero where pulses are apart and do not share noise. The factor is not checked.
         valid: shape (*batch); NaN elsewhere.
     """
 
@@ -73,13 +74,16 @@ class QubitChannel(eqx.Module):
 
 
 def damping(r) -> QubitChannel:
-    """The ideal node, amplitude damping with transfer r in [0, 1], shape (*batch)."""
+    """The ideal node, amplitude damping with transfer r in [0, 1], shape (*batch).
+
+    The derivative of its factor diverges at r = 1 and is given as 0 exactly there: see `twin.closed_form.flat_root`.
+    """
     r = real_array(r)
     valid = (r >= 0) & (r <= 1)
     r = jnp.where(valid, r, jnp.nan)
     zero, one = jnp.zeros_like(r), jnp.ones_like(r)
     transfer = jnp.stack([jnp.stack([one, r]), jnp.stack([zero, 1 - r])])
-    return QubitChannel(transfer, jnp.stack([jnp.sqrt(1 - r), zero]), zero, valid)
+    return QubitChannel(transfer, jnp.stack([flat_root(1 - r), zero]), zero, valid)
 
 
 def node_channel(device: AbstractMemristor, r) -> QubitChannel:
@@ -97,7 +101,7 @@ def node_channel(device: AbstractMemristor, r) -> QubitChannel:
         A `QubitChannel` of the shape of r.
 
     Raises:
-        ValueError: as `run`; traced values of a method that must be planned.
+        ValueError: as `run`; an ion with `slow_noise`; traced values of a method that must be planned.
     """
     r = real_array(r)
     return _node_channel(prepared_node(device, r.shape[0]), r)
@@ -110,6 +114,12 @@ def _node_channel(device: AbstractMemristor, r) -> QubitChannel:
 
 def prepared_node(device: AbstractMemristor, cycles: int) -> AbstractMemristor:
     """The device with its method decided for that many cycles; needed before `jit` and `grad`."""
+    if getattr(getattr(device, "ion", device), "slow_noise", None) is not None:
+        # One draw rules both pulses: a ratio of averages is not the average of the factors.
+        raise ValueError(
+            "responses averaged over `slow_noise` do not show the channel of a node; leave it out, or play devices of "
+            "drawn parameters side by side and average `state_out`."
+        )
     return device.prepared(jnp.linspace(0.0, 1.0, len(_PROBES) * cycles), Settings())
 
 
@@ -194,7 +204,7 @@ def play_pair(nodes: tuple[AbstractMemristor, AbstractMemristor], states: Correl
         A `PairTrace`.
 
     Raises:
-        ValueError: states of another shape, a bad wiring, or an unknown source.
+        ValueError: states of another shape, a bad wiring, an unknown source, or an ion with `slow_noise`.
 
     Example:
         >>> nodes = (PhotonicMemristor(memory=MovingAverage(10.0)),) * 2

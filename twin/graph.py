@@ -130,8 +130,8 @@ class Graph(eqx.Module):
             of: what a memory edge sends, "x" (default) or "y" of the source. An input edge sends y.
 
         Raises:
-            ValueError: an unknown kind or `of`; nodes or delays that are out of range; input edges without delay that
-                close a circle.
+            ValueError: an unknown kind or `of`; nodes or delays that are out of range; weights that are not as many as
+                the edges; input edges without delay that close a circle.
         """
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {KINDS}, but is {kind!r}; see `Graph.of`.")
@@ -156,7 +156,12 @@ class Graph(eqx.Module):
         like = np.ones(source.shape, int)
         wiring = Wiring(nodes, source, target, delays, KINDS.index(kind) * like, SENT.index(of) * like)
         _ = wiring.step_ranks  # refuses circles
-        return cls(wiring, jnp.broadcast_to(real_array(weight), source.shape))
+        weight = real_array(weight)
+        if weight.shape not in ((), source.shape):
+            raise ValueError(
+                f"`weight` must be one number or one for each of {source.size} edges, but has shape {weight.shape}."
+            )
+        return cls(wiring, jnp.broadcast_to(weight, source.shape))
 
     def __add__(self, other: "Graph") -> "Graph":
         """The edges of both."""

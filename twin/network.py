@@ -19,15 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from twin.area_series import AreaSeries
-from twin.batching import batch_shape, is_traced, physical, real_array
+from twin.batching import batch_shape, check_values, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
-from twin.dynamics import StaticGrid
 from twin.graph import Graph
-from twin.loop import SOURCES, AbstractMemristor, Settings, within_rounding
-from twin.memory import HISTORY, MovingAverage
-from twin.node_series import Tabulated, has_series, node_series
-from twin.planning import Automatic, Lindblad, chosen
+from twin.loop import SOURCES, AbstractMemristor, within_rounding
+from twin.memory import HISTORY
+from twin.node_series import has_series
+from twin.player import Player, prepared, tabulated
 from twin.readout import sample_counts
 
 FORMS = ("auto", "scan", "parallel")
@@ -74,6 +72,10 @@ class Network(eqx.Module):
 
     def __check_init__(self):
         total = self.graph.nodes
+        if len(self.counts) != len(self.nodes):
+            raise ValueError(
+                f"`sizes` must have one number for each of {len(self.nodes)} devices, but is {self.sizes}."
+            )
         if sum(self.counts) != total:
             raise ValueError(
                 f"the devices stand for {self.counts} nodes, but the graph has {total}; "
@@ -87,11 +89,15 @@ class Network(eqx.Module):
                 )
             if device.source not in SOURCES:
                 raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
-        if self.encoding is not None and self.encoding.weights.shape[0] != total:
-            raise ValueError(
-                f"the encoding's `weights` must have one row for each of {total} nodes, "
-                f"but have shape {self.encoding.weights.shape}."
-            )
+        if self.encoding is not None:
+            w, b = self.encoding.weights.shape, self.encoding.bias.shape
+            if len(w) != 2 or w[0] != total:
+                raise ValueError(
+                    f"the encoding's `weights` must have one row for each of {total} nodes and one column a channel, "
+                    f"but have shape {w}."
+                )
+            if b not in ((), (total,)):
+                raise ValueError(f"the encoding's `bias` must be one number or have shape ({total},), but has {b}.")
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -129,7 +135,7 @@ class Network(eqx.Module):
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         # Known values stay known where the caller differentiates or compiles something else.
         with jax.ensure_compile_time_eval():
-            return dataclasses.replace(self, nodes=tuple(_prepared(device) for device in self.nodes))
+            return dataclasses.replace(self, nodes=tuple(prepared(device) for device in self.nodes))
 
     def tabulated(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
@@ -140,7 +146,7 @@ class Network(eqx.Module):
         laid = self.prepared()
         with jax.ensure_compile_time_eval():
             known = (has_series(d) and not is_traced(d) for d in laid.nodes)
-            nodes = (_tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True))
+            nodes = (tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True))
             return dataclasses.replace(self, nodes=tuple(nodes))
 
 
@@ -195,8 +201,8 @@ def play(
         expectation ("measured"), populations ("model"); "command" sends the command in place of x, and y as measured.
 
     Raises:
-        ValueError: inputs of another shape; shots without a key or the reverse; an unknown form or field; "parallel"
-            where outputs come back.
+        ValueError: inputs of another shape; shots below 1, fractional, or without a key; an unknown form or field;
+            "parallel" where outputs come back.
 
     Example:
         >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
@@ -204,6 +210,8 @@ def play(
     """
     if (shots is None) != (key is None):
         raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    whole = lambda n: (n >= 1) & (n == np.floor(n))
+    check_values("shots", shots, whole, "whole and at least 1", "None plays expectation values")
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
     if checkpoint_cycles is not None and checkpoint_cycles < 1:
@@ -226,71 +234,6 @@ def play(
         states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
         return _in_sequence(network, states, inputs, shots, key, keep, checkpoint_cycles)
     return _all_at_once(network, inputs, shots, key, keep)
-
-
-def _prepared(device: AbstractMemristor) -> AbstractMemristor:
-    """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
-    if isinstance(device, Tabulated):
-        return device
-    memory = device.memory
-    ion = getattr(device, "ion", device)
-    # A traced window decides nothing here.
-    laid = eqx.tree_at(lambda d: getattr(d, "ion", d).memory, device, MovingAverage(1.0))
-    if is_traced(laid):
-        return device
-    method = getattr(ion, "method", None)
-    probe = jnp.array([0.0, 1.0]).reshape((2,) + (1,) * len(batch_shape(device)))  # errors are largest at both ends
-    if isinstance(method, Automatic):
-        method = chosen(getattr(laid, "brightest", laid), probe, Settings())
-    if isinstance(method, Lindblad):
-        method = AreaSeries(StaticGrid(error=method.error))
-    if method is not None:
-        laid = eqx.tree_at(lambda d: getattr(d, "ion", d).method, laid, method)
-    return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
-
-
-@eqx.filter_jit
-def _tabulated(device: AbstractMemristor) -> AbstractMemristor:
-    series = node_series(device, Settings())
-    return device if series is None else Tabulated.of(device, series)
-
-
-class _Player:
-    """One device at its work: what all cycles share is done once."""
-
-    def __init__(self, device: AbstractMemristor):
-        self.device = device
-        # Series that are being differentiated are solved here, others were before.
-        self.series = device.series if isinstance(device, Tabulated) else node_series(device, Settings())
-        self.respond = device.under(Settings()) if self.series is None else None
-
-    def play(self, x_set: Array, r: Array | None) -> dict[str, Array]:
-        """Pulse 1 alone (`r` None), or both pulses."""
-        if self.series is not None:
-            *values, valid = self.series.after_first(x_set) if r is None else self.series.after_both(x_set, r)
-        else:
-            assert self.respond is not None
-            response = self.respond(x_set, jnp.zeros_like(x_set) if r is None else r, alone=r is None)
-            values = (self.device.signal(response.populations), self.device.assigned(response.populations))
-            valid = response.valid
-        valid = valid & (x_set >= 0) & (x_set <= 1)
-        population, p = (jnp.where(valid, value, jnp.nan) for value in values)
-        # Who reads a population does not compute it again.
-        population = jax.lax.optimization_barrier(population)
-        names = ("x", "p_x") if r is None else ("y", "p_y")
-        return {names[0]: population, names[1]: p, "valid": valid}
-
-    def sent(self, run: str, known: dict[str, Array], shots) -> Array:
-        """What edges and memories see of the run "x" or "y"."""
-        population, p, counts = known[run], known[f"p_{run}"], known.get(f"n_{run}")
-        if self.device.source == "model":
-            return within_rounding(population)
-        # What was commanded is known of inputs only.
-        if self.device.source == "command" and run == "x":
-            seen = known["x_set"]
-        else:
-            seen = within_rounding(p) if counts is None else counts / shots
-        return jnp.where(jnp.isnan(population), jnp.nan, seen)
 
 
 class _Board:
@@ -350,7 +293,7 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
     n, wiring = network.graph.nodes, network.graph.wiring
-    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
+    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = wiring.step_ranks
 
@@ -411,7 +354,7 @@ def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     wiring = network.graph.wiring
-    edges, players = couplings(network.graph), [_Player(device) for device in network.nodes]
+    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]

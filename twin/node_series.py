@@ -39,23 +39,23 @@ class NodeSeries(eqx.Module):
     """Polynomials of nodes whose parameters have the batch shape (*S,), for commands of shape (*cycles, *S).
 
     Attributes:
+        inverted: whether pulse 1 is commanded what it leaves behind (V scheme).
+        good: whether each run was tabulated to its error, two of shape (*S,).
         reach_1, reach_2: argument of the series over the area of a command, 1/rad.
         alone: of signal and assignment after pulse 1 alone, two of shape (orders, *S).
         first: populations where the map of pulse 2 begins, shape (orders, levels, *S).
         second: of signal and assignment out of each level, two of shape (orders, levels, *S).
         residual: what overlap adds, two of shape (rest, rest, *S).
-        inverted: whether pulse 1 is commanded what it leaves behind (V scheme).
-        good: whether each run was tabulated to its error, two of shape (*S,).
     """
 
+    inverted: bool = eqx.field(static=True)
+    good: tuple[Bool[Array, "..."], Bool[Array, "..."]]
     reach_1: Float[Array, "..."]
     reach_2: Float[Array, "..."]
     alone: tuple[Float[Array, "orders ..."], Float[Array, "orders ..."]] = _of_quantity(1)
     first: Float[Array, "orders levels ..."] = _of_quantity(2)
     second: tuple[Float[Array, "orders levels ..."], Float[Array, "orders levels ..."]] = _of_quantity(2)
     residual: tuple[Float[Array, "rest rest ..."], Float[Array, "rest rest ..."]] = _of_quantity(2)
-    inverted: bool = eqx.field(static=True)
-    good: tuple[Bool[Array, "..."], Bool[Array, "..."]]
 
     def _arguments(self, x_set, r_set=None) -> tuple[Array, ...]:
         u = self.reach_1 * transfer_area(1 - x_set if self.inverted else x_set)
