@@ -13,8 +13,8 @@ counts. Each kind of control is then designed on six beliefs and run on real dev
 **Command map**: angles that give (x, (1 - r) x). Loss: rms of y - (1 - r) x over the square of commands, without shots.
 **Feedback law**: kernel and window, the command map, and the correction of counts for readout. Loss: rms of y over the
 cycles after one period, against the ideal loop. **Reservoir**: virtual nodes on one device, each with commands and a
-window of its own, and a linear read-out of counts, trained on the believed device (image, home, moved: on the real
-source). Loss: mean squared error of a second-order map over its variance, on new counts of the real device.
+window of its own, and a linear read-out of counts, trained on the believed device (moved: on the dictionary's image of
+the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its variance, on new counts of the real device.
 """
 
 import dataclasses
@@ -323,7 +323,8 @@ def losses(
     at_home = _many(source, drawn.source, None, asked, train)
     images = [_many(source, drawn.source, like, asked, test) for like in (there, None)]
     real = _many(target, drawn.target, None, asked, test)
-    taught = [at_home] * 3 + [_many(target, values, None, asked, train) for values in known]
+    moved = _many(source, drawn.source_found, there, asked, train)
+    taught = [at_home, at_home, moved] + [_many(target, values, None, asked, train) for values in known]
     missed = jax.vmap(_missed)
     return jnp.stack([missed(*pair) for pair in zip(taught, [*images, *4 * [real]], strict=True)], axis=1)
 
