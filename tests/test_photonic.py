@@ -238,6 +238,8 @@ def test_loss_leaves_the_pinch_and_dark_counts_lift_it():
 
 
 def test_an_area_needs_nominal_phases():
+    for dark in ({"visibility_1": 0.0}, {"loss_input": 1.0}):
+        assert float(photonic(source="command", **dark).area_factor()) == 0.0
     with pytest.raises(ValueError, match=r"area_factor.*nominal.*`run`"):
         photonic(phase_offset_1_rad=0.1).area_factor()
     traced = jax.jit(lambda offset: photonic(phase_offset_2_rad=offset).area_factor())

@@ -187,6 +187,14 @@ def test_covariance_is_that_of_drawn_devices():
     np.testing.assert_allclose(mine / scale, drawn / scale, atol=0.04)
 
 
+def test_derivatives_without_noise_and_without_losses():
+    slope = jacobian(ideal(), ("amplitude_noise_1",), ("phase_noise_1_rad", "phase_scale_1"))
+    np.testing.assert_allclose(slope[:, 0], [np.sqrt(2 * responses()["noise"][0]), 0.0], rtol=1e-12)
+    back = jacobian_to_ion(PhotonicMemristor(memory=MEMORY), ("phase_noise_1_rad", "phase_scale_1", "loss"))
+    assert np.all(np.isfinite(back))
+    assert back[ION_NAMES.index("amplitude_noise_1"), 0] * slope[0, 0] == pytest.approx(1.0)
+
+
 # ------------------------------------------------------------------------------------------------ the remainder
 
 
