@@ -14,7 +14,8 @@ counts. Each kind of control is then designed on six beliefs and run on real dev
 **Feedback law**: kernel and window, the command map, and the correction of counts for readout. Loss: rms of y over the
 cycles after one period, against the ideal loop. **Reservoir**: virtual nodes on one device, each with commands and a
 window of its own, and a linear read-out of counts, trained on the believed device (moved: on the dictionary's image of
-the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its variance, on new counts of the real device.
+the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its
+variance, on new counts of the real device.
 """
 
 import dataclasses

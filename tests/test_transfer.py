@@ -231,8 +231,8 @@ def test_states_that_are_not_carried(left):
 
 @pytest.mark.parametrize("detuning_hz", [50.0, -1800.0])
 def test_phase_of_the_output_is_that_of_the_wait(detuning_hz):
-    # To first order {v, s} turns by delta int sin(v(t)) dt / sin(theta), v the area up to t: by the wait from the middle
-    # of pulse 1 to the read-out, and a little more at large areas. -1800 Hz turn it beyond pi/2.
+    # To first order {v, s} turns by delta int sin(v(t)) dt / sin(theta), v the area up to t: by the wait from the
+    # middle of pulse 1 to the read-out, and a little more at large areas. -1800 Hz turn it beyond pi/2.
     ion = ideal(method=Lindblad(1e-9), detuning_1_hz=detuning_hz)
     t, theta = np.linspace(-8, 8, 4001), 2 * np.pi / 3  # the largest of 4 x 4 commands with coherence left
     more = np.trapezoid(np.sin(theta * norm.cdf(t)) / np.sin(theta) - (t > 0), t) * 20e-6
