@@ -1,8 +1,9 @@
 """Devices of either platform told by angles: pulse areas of an ion, phases of a photonic element; and the inverse.
 
 An angle of pi is full command today. What a controller wants is a population of s after pulse (stage) 1, and another
-after both; from zero angle up to full transfer both are monotone in the angle that makes them, so that a bisection
-finds the angle to the last digit, or the nearest end where the device cannot give what is wanted.
+after both; from no transfer (zero angle, or beyond it where a negative offset must be undone first) up to full transfer
+both are monotone in the angle that makes them, so that a bisection finds the angle to the last digit, or the nearest
+end where the device cannot give what is wanted.
 """
 
 import dataclasses
@@ -58,6 +59,21 @@ def full_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Arra
     return math.pi / (scale_1 * mean_1), math.pi / (scale_2 * mean_2)
 
 
+def dark_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Commanded angles of least transfer, rad: those that undo a negative offset, and 0 without one."""
+    if not isinstance(device, PhotonicMemristor):
+        return jnp.zeros(()), jnp.zeros(())
+
+    def undone(offset, scale):
+        behind = offset < 0
+        return jnp.where(behind, -offset / jnp.where(behind, scale, 1.0), 0.0)
+
+    return (
+        undone(device.phase_offset_1_rad, device.phase_scale_1),
+        undone(device.phase_offset_2_rad, device.phase_scale_2),
+    )
+
+
 def angles_for(
     device: AbstractMemristor, x: Float[Array, " lanes"], r: Float[Array, " lanes"]
 ) -> tuple[Float[Array, " lanes"], Float[Array, " lanes"]]:
@@ -80,7 +96,8 @@ def first_angle(device: AbstractMemristor, x: Float[Array, " lanes"]) -> Float[A
         raise ValueError(f"control is moved between devices that start in v, but scheme is {device.scheme!r}; use "
                          "'lambda' or 'ladder'.")  # fmt: skip
     zero = jnp.zeros_like(x)
-    return _bisected(lambda angle: signal_of(device, angle, zero, alone=True) - x, full_angles(device)[0], zero)
+    rising = lambda angle: signal_of(device, angle, zero, alone=True) - x
+    return _bisected(rising, full_angles(device)[0], zero + dark_angles(device)[0])
 
 
 def second_angle(
@@ -88,7 +105,7 @@ def second_angle(
 ) -> Float[Array, " lanes"]:
     """Angle of pulse 2 that leaves y in s behind a pulse 1 of `angle_1`, or comes nearest."""
     rising = lambda angle: y - signal_of(device, angle_1, angle, alone=False)
-    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y))
+    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y) + dark_angles(device)[1])
 
 
 def read(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
@@ -122,8 +139,8 @@ def _area_scales(device: IonMemristor) -> tuple[Float[Array, ""], Float[Array, "
     )
 
 
-def _bisected(rising, top, zero) -> Float[Array, " lanes"]:
-    """Where a rising function crosses zero between 0 and `top`, or the end that comes nearest."""
+def _bisected(rising, top, bottom) -> Float[Array, " lanes"]:
+    """Where a rising function crosses zero between `bottom` (lanes) and `top`, or the end that comes nearest."""
 
     def halve(_, ends):
         low, high = ends
@@ -131,5 +148,5 @@ def _bisected(rising, top, zero) -> Float[Array, " lanes"]:
         above = rising(middle) > 0
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-    low, high = lax.fori_loop(0, _HALVINGS, halve, (zero, zero + top))
+    low, high = lax.fori_loop(0, _HALVINGS, halve, (bottom, jnp.zeros_like(bottom) + top))
     return 0.5 * (low + high)

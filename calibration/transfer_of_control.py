@@ -13,12 +13,13 @@ counts. Each kind of control is then designed on six beliefs and run on real dev
 **Command map**: angles that give (x, (1 - r) x). Loss: rms of y - (1 - r) x over the square of commands, without shots.
 **Feedback law**: kernel and window, the command map, and the correction of counts for readout. Loss: rms of y over the
 cycles after one period, against the ideal loop. **Reservoir**: virtual nodes on one device, each with commands and a
-window of its own, and a linear read-out of counts, trained on the believed device (image, home, moved: on the real
-source). Loss: mean squared error of a second-order map over its variance, on new counts of the real device.
+window of its own, and a linear read-out of counts, trained on the believed device (moved: on the dictionary's image of
+the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its
+variance, on new counts of the real device.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -49,6 +50,8 @@ WHAT = ("command_map", "feedback", "reservoir")
 BELIEFS = ("image", "home", "moved", "data sheet", "recalibrated", "native")
 # Angles go beyond full command where a device is too weak: its own pi lies within this factor.
 _ROOM, _EMULATION_ERROR = 1.05, 1e-6
+# Draws of which the first within the boxes is taken, and the share of them that must be.
+_CANDIDATES, _ACCEPTED = 1024, 0.05
 _WASH_OUT, _STEPS, _RIDGE = 20, 200, 1e-5
 _LM_STEPS, _STARTS = 60, 4
 
@@ -60,7 +63,8 @@ class Side(eqx.Module):
         device: ready for values within the boxes. ideal_memory: what the controller wants as feedback.
         names, low, high: what differs from device to device, uniform in a box; none for a device that is known.
         problem: its calibration; None without names.
-        mean, root: of a calibration that was made already: devices are then drawn from its errors, root root^T = C.
+        mean, root: of a calibration that was made already: devices are then drawn from its errors, root root^T = C, the
+            Gaussian truncated to the boxes; of variance 0 are those it says little about, which are uniform.
     """
 
     device: AbstractMemristor
@@ -78,8 +82,13 @@ class Side(eqx.Module):
     def drawn(self, key: PRNGKeyArray) -> Float[Array, " names"]:
         """Values of a real device, within the boxes."""
         if self.root is not None and self.mean is not None:
-            values = self.mean + self.root @ jax.random.normal(key, self.low.shape)
-            return jnp.clip(values, self.low, self.high)
+            rest, inside = jax.random.split(key)
+            values = self.mean + jax.random.normal(rest, (_CANDIDATES, len(self.names))) @ self.root.T
+            # What the calibration tells little about may be anywhere; the rest is drawn until it lies in the box.
+            free = self.low + (self.high - self.low) * jax.random.uniform(inside, self.low.shape)
+            values = jnp.where(jnp.diag(self.root @ self.root.T) == 0, free, values)
+            fits = jnp.all((values >= self.low) & (values <= self.high), axis=1)
+            return jnp.where(jnp.any(fits), values[jnp.argmax(fits)], jnp.nan)
         return self.low + (self.high - self.low) * jax.random.uniform(key, self.low.shape)
 
     def calibrated(self, key: PRNGKeyArray, truth: Float[Array, " names"]) -> Float[Array, " names"]:
@@ -102,6 +111,8 @@ def side(
     boxes: Mapping[str, tuple[float, float]],
     table: LoopTable,
     found: tuple[Float[np.ndarray, " names"], Float[np.ndarray, "names names"]] | None = None,
+    uniform: Collection[str] = (),
+    weakest: float = 1.0,
 ) -> Side:
     """A device made ready for a study.
 
@@ -109,10 +120,16 @@ def side(
         device: of known scalar values; an ion starts in v. boxes: (low, high) of what differs from device to device.
         table: settings of the calibration loops; their counts are not looked at.
         found: mean and covariance of a calibration in place of simulated ones, in the order of the boxes.
+        uniform: names that this calibration says little about, drawn from all of their boxes.
+        weakest: smallest scale of areas or phases of the other devices whose command maps will be played on this one.
 
     Raises:
-        ValueError: an unknown parameter, an empty box, an ion that starts in s, dynamics that cannot be emulated.
+        ValueError: an unknown parameter, an empty box, an ion that starts in s, dynamics that cannot be emulated, a
+            `weakest` that gives nothing, a calibration whose errors hardly fit into the boxes.
     """
+    if not weakest > 0:
+        raise ValueError(f"`weakest` is {weakest:g}, but a scale must be positive for any command to be given; let its "
+                         "range begin above 0.")  # fmt: skip
     experiment = Experiment.from_table(table)
     device = anchored(device)
     names = tuple(boxes)
@@ -124,7 +141,7 @@ def side(
         roomy = dict(boxes)
         for name in ("rabi_scale_1", "rabi_scale_2"):
             low, high = roomy.get(name, 2 * (float(getattr(device, name)),))
-            roomy[name] = (min(low, 1.0) * (1 - 1e-6), max(high, 1.0) * _ROOM)
+            roomy[name] = (min(low, 1.0) * (1 - 1e-6), max(high, 1.0) / min(weakest, 1.0) * _ROOM)
         laid = planned(device, roomy, solves=experiment.solves_of_setting)
         device = emulated(laid, roomy, experiment.settings, error=max(_EMULATION_ERROR, float(error)))
     if not names:
@@ -135,10 +152,18 @@ def side(
     problem = Problem(free, (Part("loops", device, data, len(table), "loops"),))
     if found is None:
         return Side(device, names, free.low, free.high, problem)
-    values, vectors = np.linalg.eigh(found[1])
-    mean = np.clip(found[0], np.asarray(free.low), np.asarray(free.high))
-    root = jnp.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
-    return Side(device, names, free.low, free.high, problem, jnp.asarray(mean), root)
+    low, high = np.asarray(free.low), np.asarray(free.high)
+    told = np.array([name not in uniform for name in names])
+    values, vectors = np.linalg.eigh(found[1][np.ix_(told, told)])
+    root = np.zeros((len(names), len(names)))
+    root[np.ix_(told, told)] = vectors * np.sqrt(np.maximum(values, 0.0))
+    mean = np.clip(found[0], low, high)
+    trial = (mean + np.random.default_rng(0).normal(size=(4096, len(names))) @ root.T)[:, told]
+    share = np.mean(np.all((trial >= low[told]) & (trial <= high[told]), axis=1))
+    if share < _ACCEPTED:
+        raise ValueError(f"only {share:.2g} of the devices within the errors of the fit lie within its boxes; fit with "
+                         "more data, or with wider boxes.")  # fmt: skip
+    return Side(device, names, free.low, free.high, problem, jnp.asarray(mean), jnp.asarray(root))
 
 
 def _plain(device: AbstractMemristor) -> AbstractMemristor:
@@ -149,14 +174,18 @@ def image(device: AbstractMemristor, like: AbstractMemristor) -> AbstractMemrist
     """What the dictionary makes of a device for the platform of another; an ion by the closed form.
 
     An ion that the dictionary makes is played by the closed form: areas and readout are moved, while linewidth, decay
-    and noise, which stand for contrast and loss there, are left out.
+    and noise, which stand for contrast and loss there, are left out, and with them what they shift the scales by.
     """
     if isinstance(like, PhotonicMemristor):
         return to_photonic(device) if isinstance(device, IonMemristor) else device
     if isinstance(device, PhotonicMemristor):
         assert isinstance(like, IonMemristor)
         rest = IonMemristor(memory=like.memory, scheme=like.scheme, method=ClosedForm(), branching=1.0)
-        return dataclasses.replace(to_ion(device, rest), slow_noise=None)
+        whole = dataclasses.replace(
+            device, visibility_1=1.0, visibility_2=1.0, phase_noise_1_rad=0.0, phase_noise_2_rad=0.0, loss_input=0.0,
+            loss=0.0,
+        )  # fmt: skip
+        return dataclasses.replace(to_ion(whole, rest), slow_noise=None)
     return device
 
 
@@ -323,7 +352,8 @@ def losses(
     at_home = _many(source, drawn.source, None, asked, train)
     images = [_many(source, drawn.source, like, asked, test) for like in (there, None)]
     real = _many(target, drawn.target, None, asked, test)
-    taught = [at_home] * 3 + [_many(target, values, None, asked, train) for values in known]
+    moved = _many(source, drawn.source_found, there, asked, train)
+    taught = [at_home, at_home, moved] + [_many(target, values, None, asked, train) for values in known]
     missed = jax.vmap(_missed)
     return jnp.stack([missed(*pair) for pair in zip(taught, [*images, *4 * [real]], strict=True)], axis=1)
 

@@ -20,7 +20,12 @@ Found = tuple[np.ndarray, np.ndarray]
 
 def with_fit(config: Config, device: AbstractMemristor, run: Run) -> tuple[Any, str]:
     """The device with the parameters of a fit in place."""
-    found = {name: one["value"] for name, one in run.result["parameters"].items() if one["verdict"] != "fixed"}
+    # What a fit frees of its likelihood is no part of the device.
+    found = {
+        name: one["value"]
+        for name, one in run.result["parameters"].items()
+        if one["verdict"] != "fixed" and name not in NOISE_PARAMETERS
+    }
     if not found or any(value is None for value in found.values()):
         raise ValueError(f"{run.path}: this fit found no parameters ({run.result.get('status')}); fit again.")
     verdicts = [name for name, one in run.result["parameters"].items() if one["verdict"] in ("weak", "not identified")]

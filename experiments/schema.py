@@ -26,7 +26,7 @@ from experiments.schema_device import (
     number,
     within,
 )
-from experiments.schema_transfer import Transfer
+from experiments.schema_transfer import Transfer, ignored_by_closed_form
 from experiments.schema_trap import Chain, Crosstalk, Motion, Trap
 
 _SEED = 2**63 - 1
@@ -212,6 +212,8 @@ class Config(Table):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         free = {"fit.free": self.fit.free if self.fit else {}, "sweep.parameters": {}}
+        if self.transfer and self.transfer.to != self.device.platform:
+            free["transfer.source"] = self.transfer.source
         if self.sweep:
             free["sweep.parameters"] = self.sweep.parameters
         for path, names in free.items():
@@ -223,6 +225,13 @@ class Config(Table):
             raise Refusal(
                 "transfer.to", f"is '{self.transfer.to}', which device.platform is as well; name the other one"
             )
+        if self.transfer and self.device.engine == "closed_form":
+            here = "source" if self.transfer.to == "photonic" else "target"
+            heated = here == "source" and self.device.heating_rate_per_s > 0
+            for name in getattr(self.transfer, here):
+                if ignored_by_closed_form(name, heated):
+                    raise Refusal(f"transfer.{here}.{name}", "is ignored by device.engine = 'closed_form'; remove it, "
+                                  "or choose 'lindblad'")  # fmt: skip
         noisy = max(self.device.detuning_noise_1_hz, self.device.detuning_noise_2_hz) > 0
         if noisy and self.device.engine == "closed_form":
             raise Refusal("device.engine", "is 'closed_form', which knows no detuning noise; choose 'lindblad'")

@@ -13,6 +13,18 @@ WHAT = ("device", "command_map", "feedback", "reservoir")
 # The controller's own, and no fault of a device.
 _NAMES = {name: allowed for name, allowed in PARAMETERS.items() if name != "window_cycles"}
 
+# What the closed form does not know; of a heated ion the times tell how hot it is.
+_UNSEEN = (
+    *("detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"),
+    *("detuning_noise_1_hz", "detuning_noise_2_hz", "stark_1_hz", "stark_2_hz", "lifetime_s", "branching", "tail_s"),
+)
+_TIMES = ("lead_s", "separation_s")
+
+
+def ignored_by_closed_form(name: str, heated: bool) -> bool:
+    """Whether an ion played by the closed form is the same whatever this parameter is."""
+    return name in _UNSEEN or (name in _TIMES and not heated)
+
 
 def _within(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
@@ -47,7 +59,8 @@ class Transfer(Table):
         "how devices like [device] differ: name = [low, high] is drawn anew for each seed and freed in its calibration"
     )
     target: _Faults = _faults(
-        "the device that is moved to: name = value, or name = [low, high] as in source; all else is ideal"
+        "the device that is moved to: name = value, or name = [low, high] as in source; all else is ideal, and pulses "
+        "and times of an ion are the defaults of [device]"
     )
     shots: int = number(400, 1, 10**9, "", "repetitions of each setting, in calibrations and in what is run")
     seeds: int = number(20, 2, 10_000, "", "pairs of devices")
@@ -68,4 +81,11 @@ class Transfer(Table):
             for name in getattr(self, table):
                 if reason := foreign(name, platform):
                     raise Refusal(f"{table}.{name}", reason)
+                if name == "n_bar":
+                    raise Refusal(f"{table}.n_bar", "is no fault that a study can play, whose calibrations and "
+                                  "emulation are of ions at one temperature; remove it")  # fmt: skip
+        own = [name for name in ("laser_linewidth_1_hz", "laser_linewidth_2_hz") if name in self.target]
+        if own and "laser_linewidth_hz" in self.target:
+            raise Refusal("target.laser_linewidth_hz", f"is given beside {own[0]}; keep the one key for a shared "
+                          "source or the two keys for two sources")  # fmt: skip
         return self

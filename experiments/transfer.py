@@ -4,6 +4,7 @@ Leaves ``result.json`` (the dictionary, what it leaves out, losses with interval
 and of its image, losses of every seed) and the report.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,11 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     clock = Stopwatch()
     device, notes = device_from(config), []
     boxes: dict[str, tuple[float, float]] = {k: v for k, v in wanted.source.items() if isinstance(v, tuple)}
-    found = None
+    found, weak = None, []
     if fit_run is not None:
-        device, boxes, found, note = calibrated(config, device, Run(fit_run))
+        fitted = Run(fit_run)
+        device, boxes, found, note = calibrated(config, device, fitted)
+        weak = [name for name in boxes if fitted.result["parameters"][name]["verdict"] in ("weak", "not identified")]
         notes.append(note)
     result: dict[str, Any] = {"kind": "transfer", "status": "done", "to": wanted.to, "losses": {}, "control": {}}
     columns: dict[str, Any] = {}
@@ -87,14 +90,19 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         names = tuple(boxes)
         covariance = None if found is None else found[1]
         result |= _dictionary(device, names, covariance)
-        result["remainder"] = _remainder(device)
-        columns |= _loops(device, wanted)
+        whole = device
+        if isinstance(device, IonMemristor) and isinstance(device.method, ClosedForm):
+            # The dictionary counts what the closed form ignores, so that the ion beside the image must have it.
+            whole = dataclasses.replace(device, method=Lindblad(config.device.error))
+        result["remainder"] = _remainder(whole)
+        columns |= _loops(whole, wanted)
         notes += _left_out(result["remainder"])
     control = [what for what in WHAT if what in wanted.what]
     if control:
         table = _settings(config, wanted)
         out.log(f"{wanted.seeds} pairs of devices, {wanted.shots} shots")
-        source, target = side(device, boxes, table, found), _target(config, wanted, table)
+        source = side(device, boxes, table, found, weak)
+        target = _target(config, wanted, table, _weakest(device, boxes))
         keys, of_devices = jax.random.split(jax.random.key(seed), (2, wanted.seeds))
         drawn = pairs(source, target, of_devices)
         asked = task(
@@ -202,7 +210,15 @@ def _settings(config: Config, wanted: Transfer) -> LoopTable:
     )  # fmt: skip
 
 
-def _target(config: Config, wanted: Transfer, table: LoopTable) -> Side:
+def _weakest(device: AbstractMemristor, boxes: dict[str, tuple[float, float]]) -> float:
+    """Smallest phase scale of a photonic source: its full command is an area of pi over that on an ion."""
+    if not isinstance(device, PhotonicMemristor):
+        return 1.0
+    names = ("phase_scale_1", "phase_scale_2")
+    return min(boxes[name][0] if name in boxes else float(getattr(device, name)) for name in names)
+
+
+def _target(config: Config, wanted: Transfer, table: LoopTable, weakest: float) -> Side:
     """The device that is moved to, in the middle of its ranges."""
     boxes = {name: value for name, value in wanted.target.items() if isinstance(value, tuple)}
     values: dict[str, Any] = {k: 0.5 * (v[0] + v[1]) if isinstance(v, tuple) else v for k, v in wanted.target.items()}
@@ -212,7 +228,9 @@ def _target(config: Config, wanted: Transfer, table: LoopTable) -> Side:
     noise = {name: values.pop(name) for name in SlowNoise.parameters() if name in values}
     method = {"closed_form": ClosedForm()}.get(config.device.engine, Lindblad(1e-8))
     slow = SlowNoise(**noise) if noise else None
-    return side(IonMemristor(memory=memory, source="measured", method=method, slow_noise=slow, **values), boxes, table)
+    ideal = {"lifetime_s": np.inf, "source": "measured"}
+    ion = IonMemristor(memory=memory, method=method, slow_noise=slow, **ideal | values)
+    return side(ion, boxes, table, weakest=weakest)
 
 
 def _ideal(device: AbstractMemristor, wanted: Transfer) -> float:

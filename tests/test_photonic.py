@@ -216,6 +216,7 @@ def test_the_area_of_a_spoiled_loop_is_that_of_the_formula(source, measured):
         ({"loss_input": 0.2}, "command", 0.8**2),
         ({"loss_input": 0.2}, "model", 0.8**3),
         ({"visibility_1": 0.8}, "command", 0.8),
+        ({"visibility_1": 0.0}, "command", 0.0),
         ({"visibility_1": 0.8}, "model", 0.8**2),
         ({"visibility_2": 0.8}, "command", 0.8 * 0.9),
         ({"loss_input": 1.0}, "command", 0.0),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 from scipy.special import i0
+from scipy.stats import norm
 
 from twin.memory import Exponential, MovingAverage
 from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, run
@@ -186,6 +187,14 @@ def test_covariance_is_that_of_drawn_devices():
     np.testing.assert_allclose(mine / scale, drawn / scale, atol=0.04)
 
 
+def test_derivatives_without_noise_and_without_losses():
+    slope = jacobian(ideal(), ("amplitude_noise_1",), ("phase_noise_1_rad", "phase_scale_1"))
+    np.testing.assert_allclose(slope[:, 0], [np.sqrt(2 * responses()["noise"][0]), 0.0], rtol=1e-12)
+    back = jacobian_to_ion(PhotonicMemristor(memory=MEMORY), ("phase_noise_1_rad", "phase_scale_1", "loss"))
+    assert np.all(np.isfinite(back))
+    assert back[ION_NAMES.index("amplitude_noise_1"), 0] * slope[0, 0] == pytest.approx(1.0)
+
+
 # ------------------------------------------------------------------------------------------------ the remainder
 
 
@@ -218,6 +227,17 @@ def test_states_that_are_not_carried(left):
     assert left.leak > 0.05
     assert left.coherence > 0.01
     assert left.phase_rad > 0.1
+
+
+@pytest.mark.parametrize("detuning_hz", [50.0, -1800.0])
+def test_phase_of_the_output_is_that_of_the_wait(detuning_hz):
+    # To first order {v, s} turns by delta int sin(v(t)) dt / sin(theta), v the area up to t: by the wait from the
+    # middle of pulse 1 to the read-out, and a little more at large areas. -1800 Hz turn it beyond pi/2.
+    ion = ideal(method=Lindblad(1e-9), detuning_1_hz=detuning_hz)
+    t, theta = np.linspace(-8, 8, 4001), 2 * np.pi / 3  # the largest of 4 x 4 commands with coherence left
+    more = np.trapezoid(np.sin(theta * norm.cdf(t)) / np.sin(theta) - (t > 0), t) * 20e-6
+    expected = 2 * np.pi * abs(detuning_hz) * float(ion.separation_s + ion.tail_s + more)
+    assert remainder(ion, points=4).phase_rad == pytest.approx(expected, rel=0.01)
 
 
 def test_an_ideal_ion_leaves_nothing():

@@ -24,7 +24,7 @@ from calibration.transfer_of_control import (
     task,
 )
 from twin.memory import MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, PhotonicMemristor, run
+from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, run
 from twin.transfer import to_photonic
 
 MEMORY = MovingAverage(5.0)
@@ -81,6 +81,17 @@ def test_what_cannot_be_given_is_given_as_nearly_as_possible():
     assert two[0] == pytest.approx(np.pi, abs=1e-12)
 
 
+@pytest.mark.parametrize("offset", [-0.3, 0.2])
+def test_angles_reach_the_ends_of_a_stage_with_an_offset(offset):
+    device = element(phase_offset_1_rad=offset, phase_offset_2_rad=min(offset, 0.0), phase_scale_1=1.1)
+    one, two = angles_for(device, jnp.array([0.0, 1.0, 1.0]), jnp.array([0.0, 0.0, 1.0]))
+    # Phases do not run backwards: a stage in front of its dark point cannot reach it.
+    rest = np.sin(max(offset, 0.0) / 2) ** 2
+    np.testing.assert_allclose(signal_of(device, one, 0 * one, alone=True)[0], rest, atol=1e-12)
+    np.testing.assert_allclose(one[0], max(0.0, -offset / 1.1), atol=1e-7)
+    np.testing.assert_allclose(signal_of(device, one, two, alone=False)[1:], [1.0, 0.0], atol=1e-12)
+
+
 def test_an_ion_that_starts_in_s_is_refused():
     with pytest.raises(ValueError, match="scheme is 'v'"):
         side(ion(scheme="v"), SOURCE, TABLE)
@@ -97,6 +108,25 @@ def test_a_command_map_is_moved_exactly_where_the_dictionary_is(fields):
     assert loss(image(source, target), target, 7) < 1e-10
     assert loss(source, target, 7) < 1e-10
     assert loss(image(target, source), source, 7) < 1e-10
+
+
+def test_the_image_of_a_chip_without_contrast_keeps_its_scales():
+    faults = {"visibility_1": 0.9, "visibility_2": 0.8, "phase_noise_1_rad": 0.1, "loss": 0.1, "loss_input": 0.2}
+    found = image(element(efficiency=0.9, **faults), ion())
+    assert isinstance(found, IonMemristor)
+    assert float(found.rabi_scale_1) == 1.0
+    assert float(found.rabi_scale_2) == 1.0
+    assert float(found.readout_error_dark) == pytest.approx(0.1)
+
+
+def test_a_strong_ion_obeys_the_map_of_a_weak_chip():
+    rabi, weak = {"rabi_scale_1": (0.95, 1.05), "rabi_scale_2": (0.95, 1.05)}, element(phase_scale_1=0.8)
+    strong = lambda **more: side(ion(method=Lindblad(1e-6)), rabi, TABLE, **more).at(jnp.array([1.05, 1.05]))
+    loss = eqx.filter_jit(map_loss)
+    assert np.isnan(loss(image(weak, ion()), strong(), 3))
+    assert loss(image(weak, ion()), strong(weakest=0.8), 3) < 0.3
+    with pytest.raises(ValueError, match="begin above 0"):
+        strong(weakest=0.0)
 
 
 def test_a_feedback_law_without_shot_noise_is_moved_exactly():
@@ -196,6 +226,24 @@ def test_a_device_that_is_known_is_not_calibrated():
     np.testing.assert_array_equal(known.calibrated(jax.random.key(0), jnp.ones(3)), [1.0, 1.0, 0.02])
     draws = np.stack([known.drawn(key) for key in jax.random.split(jax.random.key(1), 300)])
     np.testing.assert_allclose(draws.std(axis=0), [1e-2, 1e-2, 1e-3], rtol=0.15)
+
+
+def test_devices_of_a_fit_are_drawn_from_the_gaussian_within_the_boxes():
+    names, low, high = tuple(SOURCE), *(np.array([box[k] for box in SOURCE.values()]) for k in (0, 1))
+    correlation = np.array([[1.0, 0.6, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    std = np.array([0.05, 0.05, np.nan])
+    known = side(ion(), SOURCE, TABLE, (np.array([1.05, 1.0, 0.0]), correlation * np.outer(std, std)), names[2:])
+    draws = np.asarray(jax.vmap(known.drawn)(jax.random.split(jax.random.key(1), 4000)))
+    rng = np.random.default_rng(2)
+    free = np.array([1.05, 1.0]) + rng.multivariate_normal([0, 0], 0.05**2 * correlation[:2, :2], 200_000)
+    kept = free[np.all((free >= low[:2]) & (free <= high[:2]), axis=1)]
+    assert np.all((draws > low) & (draws < high))
+    np.testing.assert_allclose(draws[:, :2].mean(axis=0), kept.mean(axis=0), atol=3e-3)
+    np.testing.assert_allclose(np.cov(draws[:, :2].T), np.cov(kept.T), rtol=0.15)
+    # What the fit says little about is uniform in its box.
+    np.testing.assert_allclose(np.quantile(draws[:, 2], [0.25, 0.5, 0.75]), [0.0125, 0.025, 0.0375], atol=2e-3)
+    with pytest.raises(ValueError, match="wider boxes"):
+        side(ion(), SOURCE, TABLE, (np.array([1.0, 1.0, 0.02]), np.diag([25.0, 25.0, 1.0])))
 
 
 def test_an_unknown_kind_of_control_is_refused(study):

@@ -22,8 +22,8 @@ from twin.transfer import to_photonic
 # Pulses this many widths apart do not overlap to 1e-9.
 _APART = 9.0
 _NO_OFFSET = Settings()
-# l1 coherence below which a phase is that of rounding.
-_SEEN = 0.01
+# l1 coherence of the resonant ion below which a phase says little: it turns where the coherence passes through zero.
+_SEEN = 0.1
 
 
 class Gap(NamedTuple):
@@ -42,8 +42,9 @@ class Remainder(NamedTuple):
             of pulses cut at the ends of the window.
         alone: {cause: gap with this imperfection alone}. without: {cause: gap with all others}.
         missing: largest share R x that the block in {v, s} lacks until m is repumped. leak: largest population of a
-            leak level. coherence: largest difference of the l1 coherence after repump. phase_rad: largest phase of the
-            output's coherence against a resonant ion's, where the coherence is above 0.01.
+            leak level. coherence: largest difference of the l1 coherence after repump. phase_rad: largest angle in
+            [0, pi] by which the output's coherence is turned against that of the ion with every imperfection below
+            switched off, where the latter's l1 coherence is at least 0.1.
     """
 
     total: Gap
@@ -109,7 +110,9 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
     gaps = _gaps(played, element)
     names, count = list(causes), len(causes)
     own = lambda values: np.asarray(values)[..., 0]
-    populations, (real, imaginary) = own(played.populations), own(played.coherence_vs)
+    populations = own(played.populations)
+    turned, resonant = (np.asarray(played.coherence_vs)[0, :, k] + 1j * np.asarray(played.coherence_vs)[1, :, k]
+                        for k in (0, 1))  # fmt: skip
     size = [2 * np.hypot(*own(one.coherence_vs)) for one in (played, element)]
     leak = populations[3] if len(populations) > 3 else np.zeros_like(populations[0])
     return Remainder(
@@ -120,8 +123,7 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
         missing=float(np.max(populations[2])),
         leak=float(np.max(leak)),
         coherence=float(np.max(np.abs(size[0] - size[1]))),
-        # A resonant ion leaves its coherence on the imaginary axis.
-        phase_rad=float(np.max(np.arctan2(np.abs(real), np.abs(imaginary))[size[0] > _SEEN], initial=0.0)),
+        phase_rad=float(np.max(np.abs(np.angle(turned * resonant.conj()))[2 * abs(resonant) >= _SEEN], initial=0.0)),
     )
 
 

@@ -110,8 +110,8 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
         ion: any `IonMemristor`; numbers may have batch axes or be traced.
 
     Returns:
-        The element; differentiable in every number. Where the phase noise is 0, its derivatives are given as 0, as by
-        `flat_root`.
+        The element; differentiable in every number. Where the phase noise of a moving ion is 0, its derivatives are
+        given as 0, as by `flat_root`.
 
     Raises:
         ValueError: known readout errors that no detector has, e_0 + e_1 > 1.
@@ -138,7 +138,9 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
             offset = jnp.pi * (1 - scale) - offset
         values[f"phase_scale_{k}"], values[f"phase_offset_{k}_rad"] = scale, offset
         values[f"visibility_{k}"] = jnp.exp(-nu["dephasing"] - nu["detuning"])
-        values[f"phase_noise_{k}_rad"] = flat_root(2 * nu["noise"])
+        # Of an ion at rest the spread is that of the laser, whose root has a derivative at 0 as well.
+        root = flat_root(causes["noise"]) if ion.moves else getattr(noise, f"amplitude_noise_{k}")
+        values[f"phase_noise_{k}_rad"] = float(np.sqrt(2 * responses()["noise"][0])) * root
     decays = ion.start == "v"
     values["loss_input"] = -jnp.expm1(-ion.tail_s / ion.lifetime_s) if decays else 0.0
     values["loss"] = -jnp.expm1(-ion.separation_s / ion.lifetime_s) if decays else 0.0
@@ -208,10 +210,11 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
         scale = scale - fitted["dephasing"][1] * dephasing - fitted["noise"][1] * variance
         values[f"rabi_scale_{k}"] = scale / (getattr(ion, f"amplitude_{k}") * ratio * means[k - 1])
         values[f"laser_linewidth_{k}_hz"] = dephasing / (jnp.pi * sigma)
-        noise[f"amplitude_noise_{k}"] = flat_root(variance)
+        noise[f"amplitude_noise_{k}"] = getattr(photonic, f"phase_noise_{k}_rad") / np.sqrt(2 * fitted["noise"][0])
     kept = -jnp.log1p(-photonic.loss_input) - jnp.log1p(-photonic.loss)
     if ion.start == "v":
-        values["lifetime_s"] = (ion.separation_s + ion.tail_s) / kept
+        lost = kept > 0
+        values["lifetime_s"] = jnp.where(lost, (ion.separation_s + ion.tail_s) / jnp.where(lost, kept, 1.0), jnp.inf)
     appears, hides = photonic.dark_counts, (1 - photonic.dark_counts) * (1 - photonic.efficiency)
     bright, dark = (appears, hides) if s_is_dark(ion) else (hides, appears)
     values |= {"readout_error_bright": bright, "readout_error_dark": dark}
@@ -262,7 +265,10 @@ def jacobian_to_ion(
     ion_names: Sequence[str] = (*ION_NAMES, "window_cycles"),
     template: IonMemristor | None = None,
 ) -> Float[Array, "ion photonic"]:
-    """Derivatives of the ion's parameters (rows) with respect to named photonic ones (columns)."""
+    """Derivatives of the ion's parameters (rows) with respect to named photonic ones (columns).
+
+    Without losses the lifetime is infinite, and its derivatives are given as 0.
+    """
     image = lambda values: values_of(to_ion(with_values(photonic, names, values), template), ion_names)
     return jax.jacfwd(image)(values_of(photonic, names))
 
