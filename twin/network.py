@@ -135,7 +135,7 @@ class Network(eqx.Module):
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         # Known values stay known where the caller differentiates or compiles something else.
         with jax.ensure_compile_time_eval():
-            return dataclasses.replace(self, nodes=tuple(prepared(device) for device in self.nodes))
+            return self._with(tuple(prepared(device) for device in self.nodes))
 
     def tabulated(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
@@ -146,8 +146,11 @@ class Network(eqx.Module):
         laid = self.prepared()
         with jax.ensure_compile_time_eval():
             known = (has_series(d) and not is_traced(d) for d in laid.nodes)
-            nodes = (tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True))
-            return dataclasses.replace(self, nodes=tuple(nodes))
+            return self._with(tuple(tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True)))
+
+    def _with(self, nodes: tuple[AbstractMemristor, ...]) -> "Network":
+        same = all(new is old for new, old in zip(nodes, self.nodes, strict=True))
+        return self if same else dataclasses.replace(self, nodes=nodes)
 
 
 class Trace(eqx.Module):

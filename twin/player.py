@@ -11,13 +11,14 @@ from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, Settings, within_rounding
 from twin.memory import MovingAverage
 from twin.node_series import Tabulated, node_series
+from twin.photonic import PhotonicMemristor
 from twin.planning import Automatic, Lindblad, chosen
 
 
 def prepared(device: AbstractMemristor) -> AbstractMemristor:
     """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
-    if isinstance(device, Tabulated):
-        return device
+    if isinstance(device, Tabulated | PhotonicMemristor):
+        return device  # there is nothing to decide
     memory = device.memory
     ion = getattr(device, "ion", device)
     # A traced window decides nothing here.
