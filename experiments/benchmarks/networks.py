@@ -20,7 +20,7 @@ from twin.memory import Exponential
 from twin.memristor import IonMemristor, PhotonicMemristor
 from twin.network import Encoding, Network, play
 
-_NODES, _STEPS, _TAU = 100, 2000, 4.0
+_NODES, _STEPS, _TAU = 100, 10_000, 4.0
 _MERLIN_STEPS = 200
 _ROOT = Path(__file__).parents[2]
 _MERLIN = "IONTWIN_MERLIN_PYTHON"
