@@ -22,6 +22,8 @@ from jaxtyping import Array, Float
 from numpy.polynomial import legendre
 from scipy.stats import beta
 
+from calibration.ridge import check_finite
+
 # Directions of the features below this share of the largest one are rounding, which would be read out otherwise.
 _RANK = 1e-10
 
@@ -122,12 +124,7 @@ def capacities(
         raise ValueError(f"`washout` must be at least the longest delay, {longest} steps, but is {washout}.")
     rest = np.asarray(features)[washout:]
     steps = len(rest)
-    if not np.all(np.isfinite(rest)):
-        step, column = np.argwhere(~np.isfinite(rest))[0] + (washout, 0)
-        raise ValueError(
-            f"features must be finite after the washout, but that of column {column} is not in step {step}: keep the "
-            "commands of the reservoir in [0, 1]."
-        )
+    check_finite(features, washout, "keep the commands of the reservoir in [0, 1]")
     u, s, _ = np.linalg.svd(rest - rest.mean(axis=0), full_matrices=False)
     # What is left of constants once their mean is off is rounding of a sum over the steps.
     if s[0] <= steps * np.finfo(float).eps * np.linalg.norm(rest):

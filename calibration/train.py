@@ -15,8 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from calibration._minimize import Stage, minimize
-from calibration.readout import SHARES, Chosen, Readout, Split, chosen_readout, nmse, ridge_readout
-from twin.batching import is_traced
+from calibration.ridge import (
+    RELATIVE_RIDGES,
+    Chosen,
+    LinearReadout,
+    Split,
+    check_finite,
+    chosen_readout,
+    nmse,
+    ridge_readout,
+)
 from twin.network import Network, play
 
 SEEN = ("x", "y")
@@ -36,7 +44,7 @@ class Reservoir(eqx.Module):
     """
 
     network: Network
-    readout: Readout | None = None
+    readout: LinearReadout | None = None
     seen: tuple[str, ...] = eqx.field(static=True, default=("y",))
 
     def __check_init__(self):
@@ -77,15 +85,15 @@ def train_readout(
     targets: Float[Array, "steps *outputs"],
     split: Split,
     *,
-    shares: Sequence[float] = SHARES,
+    relative_ridges: Sequence[float] = RELATIVE_RIDGES,
     shots=None,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Reservoir, Chosen]:
-    """The reservoir with the best ridge read-out, its strength chosen on the validation part.
+    """The reservoir with the best ridge read-out, its ridge chosen on the validation part.
 
     Args:
         inputs: of all steps, one column a channel. targets: of all steps.
-        split: parts of the record. shares: strengths to choose from, see `calibration.readout.ridge_path`.
+        split: parts of the record. relative_ridges: ridges to choose from, see `calibration.ridge.ridge_path`.
         shots, key: as for `play`: training and test both see counts.
 
     Returns:
@@ -96,18 +104,12 @@ def train_readout(
     """
     split.check(inputs.shape[0])
     features = reservoir.features(inputs, shots=shots, key=key)
-    used = features[split.washout : sum(split)]
-    if not is_traced(used) and not np.all(np.isfinite(used)):
-        step, column = np.argwhere(~np.isfinite(used))[0] + (split.washout, 0)
-        raise ValueError(
-            f"features must be finite after the washout, but that of column {column} is not in step {step}: keep the "
-            "commands in [0, 1] by smaller encodings or edges."
-        )
-    chosen = chosen_readout(features, targets, split, tuple(shares))
+    check_finite(features[: sum(split)], split.washout, "keep the commands in [0, 1] by smaller encodings or edges")
+    chosen = chosen_readout(features, targets, split, tuple(relative_ridges))
     return eqx.tree_at(lambda r: r.readout, reservoir, chosen.readout, is_leaf=lambda leaf: leaf is None), chosen
 
 
-def score(
+def reservoir_nmse(
     reservoir: Reservoir,
     inputs: Float[Array, "steps channels"],
     targets: Float[Array, "steps *outputs"],
@@ -118,11 +120,11 @@ def score(
     shots=None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, ""]:
-    """Normalized error of a part, with the read-out of strength `ridge` solved on the training part.
+    """Normalized error of a part, with the read-out of this `ridge` solved on the training part.
 
     Differentiable without shots, and may be mapped over batches of reservoirs:
 
-        >>> many = eqx.filter_vmap(lambda tau: score(reservoir_of(tau), u, t, split, 1e-6))(taus)
+        >>> many = eqx.filter_vmap(lambda tau: reservoir_nmse(reservoir_of(tau), u, t, split, 1e-6))(taus)
 
     Raises:
         ValueError: parts that do not fit the record, an unknown or empty part.
@@ -186,18 +188,17 @@ def train_devices(
     """Train parameters of the devices and edges on the validation part, with the read-out solved inside the loss.
 
     Without shots: expectations have gradients, counts have none. Where outputs come back, a moving average whose window
-    is free needs its `capacity`.
+    is free needs its `capacity`. Derivatives by a command of exactly 0 or 1 are given as 0 for ions
+    (`twin.closed_form.set_area`), and are right for photonic nodes of nominal phases: train encodings of ions from
+    commands inside the interval.
 
     Args:
         inputs, targets, split: as for `train_readout`.
         free: parameters by name.
-        ridge: strength of the read-out, as `ridge_readout` counts it.
+        ridge: of the read-out, as `ridge_readout` counts it.
         iterations, learning_rate: of Adam, whose rate falls by a cosine to a tenth, on shares of the bounds (logits).
         starts: the first start is the reservoir as it is, others are drawn with `seed` over the bounds.
         on_progress: called now and then with the iterations done and the losses (log10 of the error).
-
-    Derivatives by a command of exactly 0 or 1 are given as 0 for ions (`twin.closed_form.set_area`), and are right for
-    photonic nodes of nominal phases: train encodings of ions from commands inside the interval.
 
     Raises:
         ValueError: nothing free, a value outside its bounds, parts that do not fit the record or are empty, or a
@@ -227,7 +228,7 @@ def train_devices(
     best = int(np.nanargmin(np.asarray(found.values)))
     trained = eqx.filter_jit(_with)(reservoir, args[1], found.points[best])
     errors = [
-        float(eqx.filter_jit(score)(r, inputs, targets, split, ridge, part=part))
+        float(eqx.filter_jit(reservoir_nmse)(r, inputs, targets, split, ridge, part=part))
         for r in (reservoir, trained)
         for part in ("validation", "test")
     ]
@@ -253,4 +254,4 @@ def _loss(point: Float[Array, " parameters"], args: Any, each: Any) -> Float[Arr
     """Decimal logarithm of the validation error, so that steps are of the same size wherever it stands."""
     del each
     reservoir, free, inputs, targets, ridge, split = args
-    return jnp.log10(score(_with(reservoir, free, point), inputs, targets, split, ridge))
+    return jnp.log10(reservoir_nmse(_with(reservoir, free, point), inputs, targets, split, ridge))

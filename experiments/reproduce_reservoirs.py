@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from calibration.readout import mse, ridge_readout
+from calibration.ridge import mse, ridge_readout
 from experiments.reproduced import Reproduced, Row, row
 from experiments.tasks import second_order_narma
 from twin.loop import Settings

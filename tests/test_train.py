@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.readout import Split
-from calibration.train import Free, Reservoir, _with, score, train_devices, train_readout
+from calibration.ridge import Split
+from calibration.train import Free, Reservoir, _with, reservoir_nmse, train_devices, train_readout
 from experiments.tasks import second_order_narma
 from twin.graph import ring, uncoupled
 from twin.memory import Exponential, MovingAverage
@@ -53,7 +53,7 @@ def test_commands_outside_their_range_are_not_read_out():
     features = bad.features(INPUTS)
     assert jnp.any(jnp.isnan(features[:, 1]))
     assert jnp.all(jnp.isfinite(features[:, 0]))
-    assert jnp.isnan(score(bad, INPUTS, TARGETS, SPLIT, 1e-6))
+    assert jnp.isnan(reservoir_nmse(bad, INPUTS, TARGETS, SPLIT, 1e-6))
 
 
 def test_a_trained_reservoir_predicts():
@@ -72,7 +72,7 @@ def test_gradients_go_through_network_and_solution(weight):
     """Of the validation error, by finite differences, with outputs that come back and without."""
     whole, free = reservoir(weight=weight), tuple(FREE.values())
     point = jnp.asarray(np.random.default_rng(1).normal(size=8))
-    loss = eqx.filter_jit(lambda p: score(_with(whole, free, p), INPUTS, TARGETS, SPLIT, 1e-4))
+    loss = eqx.filter_jit(lambda p: reservoir_nmse(_with(whole, free, p), INPUTS, TARGETS, SPLIT, 1e-4))
     slope, step = eqx.filter_jit(jax.grad(loss))(point), 1e-5
     for k in range(8):
         move = step * jnp.eye(8)[k]
@@ -88,7 +88,7 @@ def test_training_lowers_the_error_of_both_parts():
     )
     assert training.after < 0.7 * training.before
     assert training.test_after < 0.8 * training.test_before
-    assert training.before == pytest.approx(float(score(start, INPUTS, TARGETS, SPLIT, 1e-6)))
+    assert training.before == pytest.approx(float(reservoir_nmse(start, INPUTS, TARGETS, SPLIT, 1e-6)))
     tau = training.reservoir.network.nodes[0].memory.tau_cycles
     assert jnp.all((tau > 1.0) & (tau < 30.0))
     test = SPLIT.parts[2]
@@ -97,13 +97,13 @@ def test_training_lowers_the_error_of_both_parts():
     assert told[-1] == 40
 
 
-def test_hyper_parameters_are_scored_in_batches():
-    """A mapped score is the score of each; so are windows of moving averages, which are traced there."""
+def test_hyper_parameters_are_judged_in_batches():
+    """A mapped error is the error of each; so are windows of moving averages, which are traced there."""
 
     def of(window):
         whole = reservoir()
         memory = MovingAverage(window * jnp.ones(4))
-        return score(
+        return reservoir_nmse(
             eqx.tree_at(lambda r: r.network.nodes[0].memory, whole, memory), INPUTS, TARGETS, SPLIT, 1e-6, part="test"
         )
 
@@ -141,9 +141,9 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="'tau' must lie between its bounds 1 and 5, but is"):
         train_devices(reservoir(), INPUTS, TARGETS, SPLIT, narrow)
     with pytest.raises(ValueError, match="`part` must be"):
-        score(reservoir(), INPUTS, TARGETS, Split(20, 150, 0, 60), 1e-6)
+        reservoir_nmse(reservoir(), INPUTS, TARGETS, Split(20, 150, 0, 60), 1e-6)
     with pytest.raises(ValueError, match="but the record has 400"):
-        score(reservoir(), INPUTS, TARGETS, Split(20, 150, 130, 101), 1e-6)
+        reservoir_nmse(reservoir(), INPUTS, TARGETS, Split(20, 150, 130, 101), 1e-6)
     outside = eqx.tree_at(lambda r: r.network.encoding.bias, reservoir(), jnp.array([0.1, 0.9, 0.1, 0.1]))
     with pytest.raises(ValueError, match=r"that of column 1 is not in step \d+: keep the commands"):
         train_readout(outside, INPUTS, TARGETS, SPLIT)

@@ -28,7 +28,7 @@ from scipy import sparse
 import experiments  # noqa: F401  (64-bit JAX)
 from calibration.capacity import capacities, terms_up_to
 from calibration.formats import write_atomic
-from calibration.readout import Split, chosen_readout
+from calibration.ridge import Split, chosen_readout
 from experiments import tasks
 from twin.graph import ring, uncoupled
 from twin.memory import Exponential, MovingAverage
@@ -169,7 +169,7 @@ def _runs(task: str, seeds: range) -> list[tasks.Series]:
     return [tasks.SERIES[task](seed, STEPS) for seed in seeds]
 
 
-def series_scores(task: str, model: str, shots: int | None, seeds: range) -> list[float]:
+def series_errors(task: str, model: str, shots: int | None, seeds: range) -> list[float]:
     """Test errors, seed by seed: normalized error, or the share of wrong steps where classes are told apart."""
     runs = _runs(task, seeds)
     inputs = np.stack([run.scaled for run in runs])[..., None]
@@ -217,7 +217,7 @@ def _driven(model: str, setting: Setting, shots: int | None, seeds: range, shift
     return inputs, features(model, setting, seeds, ((inputs + 1) / 2)[..., None], shots)
 
 
-def digit_scores(model: str, shots: int | None, seeds: range) -> list[float]:
+def digit_errors(model: str, shots: int | None, seeds: range) -> list[float]:
     """Share of wrong digits, which are shown row by row and read out after the last row."""
     found, count, test = [], sum(IMAGES), IMAGES.parts[2]
     images, labels = (np.stack(part) for part in zip(*(tasks.digits(seed) for seed in seeds), strict=True))
@@ -234,10 +234,10 @@ def digit_scores(model: str, shots: int | None, seeds: range) -> list[float]:
 
 
 TASKS: dict[str, Callable[[str, int | None, range], list[float]]] = {
-    **{name: functools.partial(series_scores, name) for name in tasks.SERIES},
+    **{name: functools.partial(series_errors, name) for name in tasks.SERIES},
     "linear memory": functools.partial(capacity_scores, "linear memory"),
     "information processing": functools.partial(capacity_scores, "information processing"),
-    "digits": digit_scores,
+    "digits": digit_errors,
 }
 MEASURES = {"sine or square": "share of wrong steps", "digits": "share of wrong images"} | dict.fromkeys(
     ("linear memory", "information processing"), "capacity, larger is better"
@@ -349,7 +349,7 @@ def scale() -> None:
 @eqx.filter_jit
 def _many(reach: Float[Array, " batch"]) -> Array:
     """Validation errors of uncoupled memristors for many longest time constants."""
-    from calibration.train import Reservoir, score
+    from calibration.train import Reservoir, reservoir_nmse
 
     run = tasks.second_order_narma(0, 2000)
     u, wanted = jnp.asarray(run.scaled)[:, None], jnp.asarray(run.targets)
@@ -358,7 +358,7 @@ def _many(reach: Float[Array, " batch"]) -> Array:
         tau = reach ** jnp.linspace(0.0, 1.0, 100)
         encoding = Encoding(jnp.linspace(0.2, 0.9, 100)[:, None])
         network = Network((PhotonicMemristor(memory=Exponential(tau)),), uncoupled(100), encoding)
-        return score(Reservoir(network), u, wanted, Split(100, 1000, 500, 400), 1e-6)
+        return reservoir_nmse(Reservoir(network), u, wanted, Split(100, 1000, 500, 400), 1e-6)
 
     return jax.lax.map(one, reach)
 

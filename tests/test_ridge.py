@@ -1,18 +1,18 @@
-"""The ridge read-out is the exact minimum, its gradient is right, and its strength is chosen without the test part."""
+"""The ridge read-out is the exact minimum, its gradient is right, and its ridge is chosen without the test part."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.readout import Readout, Split, accuracy, chosen_readout, mse, nmse, ridge_path, ridge_readout
+from calibration.ridge import LinearReadout, Split, chosen_readout, mse, nmse, ridge_path, ridge_readout
 
 RNG = np.random.default_rng(0)
 FEATURES = jnp.asarray(RNG.normal(size=(60, 5)) + 3.0)
 TARGETS = jnp.asarray(RNG.normal(size=(60, 2)) - 7.0)
 
 
-def objective(readout: Readout, ridge: float):
+def objective(readout: LinearReadout, ridge: float):
     return jnp.sum((readout(FEATURES) - TARGETS) ** 2) + ridge * jnp.sum(readout.weights**2)
 
 
@@ -57,9 +57,9 @@ def test_features_that_repeat_have_no_unique_readout_without_a_ridge():
 
 
 def test_a_path_is_many_readouts():
-    readouts, strengths = ridge_path(FEATURES, TARGETS, jnp.array([1e-6, 1e-2, 1.0]))
-    for k, strength in enumerate(strengths):
-        alone = ridge_readout(FEATURES, TARGETS, strength)
+    readouts, ridges = ridge_path(FEATURES, TARGETS, jnp.array([1e-6, 1e-2, 1.0]))
+    for k, ridge in enumerate(ridges):
+        alone = ridge_readout(FEATURES, TARGETS, ridge)
         np.testing.assert_allclose(readouts.weights[k], alone.weights, rtol=1e-8, atol=1e-12)
         np.testing.assert_allclose(readouts.bias[k], alone.bias, rtol=1e-8)
 
@@ -90,16 +90,18 @@ def test_the_test_part_decides_nothing():
     assert one.test != other.test
 
 
-def test_the_strength_with_the_smallest_validation_error_is_chosen():
+def test_the_ridge_with_the_smallest_validation_error_is_chosen():
     split, wanted = Split(5, 25, 15, 15), TARGETS[:, 0]
-    shares = jnp.array([1e-8, 1e-2, 1.0, 100.0])
-    path, _ = ridge_path(FEATURES[5:30], wanted[5:30], shares)
-    errors = [nmse(Readout(w, b)(FEATURES[30:45]), wanted[30:45]) for w, b in zip(path.weights, path.bias, strict=True)]
-    chosen = chosen_readout(FEATURES, wanted, split, tuple(shares.tolist()))
+    relative_ridges = jnp.array([1e-8, 1e-2, 1.0, 100.0])
+    path, _ = ridge_path(FEATURES[5:30], wanted[5:30], relative_ridges)
+    errors = [
+        nmse(LinearReadout(w, b)(FEATURES[30:45]), wanted[30:45]) for w, b in zip(path.weights, path.bias, strict=True)
+    ]
+    chosen = chosen_readout(FEATURES, wanted, split, tuple(relative_ridges.tolist()))
     assert chosen.validation == pytest.approx(float(min(errors)), rel=1e-9)
     best = int(np.argmin(errors))
-    _, strengths = ridge_path(FEATURES[5:45], wanted[5:45], shares)
-    assert chosen.ridge == pytest.approx(float(strengths[best]))
+    _, ridges = ridge_path(FEATURES[5:45], wanted[5:45], relative_ridges)
+    assert chosen.ridge == pytest.approx(float(ridges[best]))
 
 
 def test_parts_of_a_record():
@@ -117,7 +119,6 @@ def test_measures_of_error():
     targets = jnp.array([[0.0], [1.0], [2.0], [3.0]])
     assert nmse(jnp.full((4, 1), 1.5), targets) == pytest.approx(1.0)
     assert mse(targets + 0.5, targets) == pytest.approx(0.25)
-    assert accuracy(jnp.array([[0.9, 0.1], [0.2, 0.8]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])) == 0.5
 
 
 def test_bad_input_is_refused():

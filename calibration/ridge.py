@@ -12,19 +12,20 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jaxtyping import Array, Float
 
-from twin.batching import check_not_negative
+from twin.batching import check_not_negative, is_traced
 
-SHARES = tuple(10.0**k for k in range(-14, 0))
-"""Strengths of ridges to choose from, over the largest squared singular value."""
+RELATIVE_RIDGES = tuple(10.0**k for k in range(-14, 0))
+"""Ridges to choose from, over the largest squared singular value of the features."""
 
 # Singular values below this share of the largest one are rounding.
 _RANK = 1e-13
 
 
-class Readout(eqx.Module):
+class LinearReadout(eqx.Module):
     """A linear read-out: prediction = features @ weights + bias.
 
     Args:
@@ -67,20 +68,39 @@ class Split(NamedTuple):
             )
 
 
+def check_finite(features: Float[Array | np.ndarray, "steps features"], washout: int, hint: str) -> None:
+    """Refuses features that are not finite after the first `washout` steps, where they are known (not traced).
+
+    Args:
+        hint: what the caller can do about it; ends the sentence of the error.
+
+    Raises:
+        ValueError: see above; the first step and its column are named.
+    """
+    if is_traced(features):
+        return
+    bad = np.argwhere(~np.isfinite(np.asarray(features)[washout:]))
+    if len(bad) > 0:
+        raise ValueError(
+            f"features must be finite after the washout, but that of column {bad[0, 1]} is not in step "
+            f"{bad[0, 0] + washout}: {hint}."
+        )
+
+
 def ridge_readout(
     features: Float[Array, "steps features"], targets: Float[Array, "rows *outputs"], ridge, *, solver: str = "qr"
-) -> Readout:
+) -> LinearReadout:
     """The read-out that minimizes squared error plus `ridge` times squared weights.
 
     Args:
         features: what is read out in each step. targets: what should be said in each step, one or more outputs.
-        ridge: strength, zero or positive, in squared units of the features times steps. May be traced.
+        ridge: zero or positive, in squared units of the features times steps. May be traced.
         solver: "qr" of the features with root-ridge rows below them: keeps all digits. "gram" forms features' products
             first: a few times faster for long records, and right only where the ridge is above 1e-15 of the largest
             squared singular value.
 
     Returns:
-        A `Readout`. Features that depend on each other with a ridge of zero have no unique one: NaN.
+        A `LinearReadout`. Features that depend on each other with a ridge of zero have no unique one: NaN.
 
     Raises:
         ValueError: a negative ridge, an unknown solver, or steps that do not agree.
@@ -101,37 +121,37 @@ def ridge_readout(
     else:
         raise ValueError(f'`solver` must be "qr" or "gram", but is {solver!r}.')
     weights = weights.reshape(n, *targets.shape[1:])
-    return Readout(weights, mean_t - jnp.tensordot(mean_f, weights, axes=1))
+    return LinearReadout(weights, mean_t - jnp.tensordot(mean_f, weights, axes=1))
 
 
 def ridge_path(
     features: Float[Array, "steps features"],
     targets: Float[Array, "steps *outputs"],
-    shares: Float[Array, " strengths"],
-) -> tuple[Readout, Float[Array, " strengths"]]:
-    """Read-outs for many strengths from one singular value decomposition; not for gradients.
+    relative_ridges: Float[Array, " ridges"],
+) -> tuple[LinearReadout, Float[Array, " ridges"]]:
+    """Read-outs for many ridges from one singular value decomposition; not for gradients.
 
     Args:
-        shares: strengths over the largest squared singular value of the centred features, so that models with features
-            of different size are treated alike.
+        relative_ridges: ridges over the largest squared singular value of the centred features, so that models with
+            features of different size are treated alike.
 
     Returns:
-        Read-outs with a leading axis of strengths, and the strengths as `ridge_readout` counts them.
+        Read-outs with a leading axis of ridges, and the ridges as `ridge_readout` counts them.
     """
     mean_f, mean_t = jnp.mean(features, axis=0), jnp.mean(targets, axis=0)
     u, s, v = jnp.linalg.svd(features - mean_f, full_matrices=False)
     t = (targets - mean_t).reshape(targets.shape[0], -1)
-    strengths = shares * s[0] ** 2
-    # Directions without signal have no weight, at any strength.
+    ridges = relative_ridges * s[0] ** 2
+    # Directions without signal have no weight, whatever the ridge.
     kept = s > _RANK * s[0]
-    filtered = jnp.where(kept, s / jnp.where(kept, s**2 + strengths[:, None], 1.0), 0.0)
+    filtered = jnp.where(kept, s / jnp.where(kept, s**2 + ridges[:, None], 1.0), 0.0)
     weights = jnp.einsum("ji,kj,jo->kio", v, filtered, u.T @ t)
     weights = weights.reshape(*weights.shape[:2], *targets.shape[1:])
-    return Readout(weights, mean_t - jnp.tensordot(weights, mean_f, axes=(1, 0))), strengths
+    return LinearReadout(weights, mean_t - jnp.tensordot(weights, mean_f, axes=(1, 0))), ridges
 
 
 class Chosen(NamedTuple):
-    """A read-out whose strength was chosen on the validation part.
+    """A read-out whose ridge was chosen on the validation part.
 
     Attributes:
         readout: solved on train and validation part together.
@@ -139,7 +159,7 @@ class Chosen(NamedTuple):
         validation, test: mean squared errors over the variance of the targets.
     """
 
-    readout: Readout
+    readout: LinearReadout
     ridge: Float[Array, ""]
     validation: Float[Array, ""]
     test: Float[Array, ""]
@@ -150,35 +170,35 @@ def chosen_readout(
     features: Float[Array, "steps features"],
     targets: Float[Array, "steps *outputs"],
     split: Split,
-    shares: Sequence[float] = SHARES,
+    relative_ridges: Sequence[float] = RELATIVE_RIDGES,
 ) -> Chosen:
-    """Strength from the validation part, read-out from train and validation part, error from the test part.
+    """Ridge from the validation part, read-out from train and validation part, error from the test part.
 
     The test part decides nothing.
 
     Args:
         features, targets: of all steps. split: parts of the record, validation not empty.
-        shares: strengths to choose from, see `ridge_path`.
+        relative_ridges: ridges to choose from, see `ridge_path`.
 
     Raises:
         ValueError: parts that do not fit the record, or an empty validation part.
     """
     split.check(features.shape[0])
     if split.validation < 1:
-        raise ValueError("a strength is chosen on the validation part, which has no steps: give it some.")
+        raise ValueError("the ridge is chosen on the validation part, which has no steps: give it some.")
     train, validation, test = split.parts
-    path, _ = ridge_path(features[train], targets[train], jnp.asarray(shares))
+    path, _ = ridge_path(features[train], targets[train], jnp.asarray(relative_ridges))
     errors = jnp.stack(
         [
-            nmse(Readout(path.weights[k], path.bias[k])(features[validation]), targets[validation])
-            for k in range(len(shares))
+            nmse(LinearReadout(path.weights[k], path.bias[k])(features[validation]), targets[validation])
+            for k in range(len(relative_ridges))
         ]
     )
     best = jnp.nanargmin(errors)
     both = slice(train.start, validation.stop)
-    final, strengths = ridge_path(features[both], targets[both], jnp.asarray(shares)[best][None])
-    readout = Readout(final.weights[0], final.bias[0])
-    return Chosen(readout, strengths[0], errors[best], nmse(readout(features[test]), targets[test]))
+    final, ridges = ridge_path(features[both], targets[both], jnp.asarray(relative_ridges)[best][None])
+    readout = LinearReadout(final.weights[0], final.bias[0])
+    return Chosen(readout, ridges[0], errors[best], nmse(readout(features[test]), targets[test]))
 
 
 def mse(predicted: Float[Array, "steps *outputs"], targets: Float[Array, "steps *outputs"]) -> Float[Array, ""]:
@@ -189,8 +209,3 @@ def mse(predicted: Float[Array, "steps *outputs"], targets: Float[Array, "steps 
 def nmse(predicted: Float[Array, "steps *outputs"], targets: Float[Array, "steps *outputs"]) -> Float[Array, ""]:
     """Mean squared error over the variance of the targets: 1 for a read-out that says their mean."""
     return mse(predicted, targets) / jnp.mean((targets - jnp.mean(targets, axis=0)) ** 2)
-
-
-def accuracy(predicted: Float[Array, "steps classes"], targets: Float[Array, "steps classes"]) -> Float[Array, ""]:
-    """Share of steps whose largest output is that of the target (one-hot targets, or scores)."""
-    return jnp.mean(jnp.argmax(predicted, axis=1) == jnp.argmax(targets, axis=1))
