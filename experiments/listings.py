@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from experiments.reproduced import shown
+
 Rows = list[dict[str, Any]]
 
 
@@ -24,9 +26,12 @@ def listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
         ]
         return {"Coverage": rows}
     if result.get("kind") == "reproduce":
-        names = ("quantity", "expected", "obtained", "tolerance", "verdict")
         return {
-            name: [{key: _cell(row[key]) for key in names} for row in result["rows"] if row["name"] == name]
+            name: [
+                {key: _cell(value) for key, value in shown(row).items() if key != "name"}
+                for row in result["rows"]
+                if row["name"] == name
+            ]
             for name in result["names"]
         }
     if result.get("kind") == "trap":

@@ -213,6 +213,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     if kind == "reproduce":
         passed = sum(row["verdict"] == "pass" for row in result["rows"])
         parts.append(f"{passed} of {len(result['rows'])} numbers are within their tolerance.")
+        parts.append("Origin of what is expected: published, stated by a paper or by published code; exact, a law in "
+                     "closed form; derived here, computed by this project before.")  # fmt: skip
     if kind == "predict":
         parts.append(f"{result['rows']} cycles; the widest 95 % band of y is {result['largest_band']:.2g}.")
     if kind in ("design", "trap", "transfer"):

@@ -1,10 +1,14 @@
-"""What a reproduction is: rows of numbers with their verdicts, and the arrays that its figure shows."""
+"""What a reproduction is: rows of numbers with their origins and verdicts, and the arrays that its figure shows."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Row = dict[str, Any]
+Origin = Literal["published", "exact", "derived here"]
+"""Where an expected number is from: a paper or published code states it; a law in closed form gives it; an earlier
+computation of this project found it."""
 
 
 class Reproduced(NamedTuple):
@@ -19,16 +23,36 @@ class Reproduced(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def row(quantity: str, expected: float, obtained: Any, tolerance: float) -> Row:
-    """One number beside what is expected; the tolerance is absolute."""
-    met = abs(obtained - expected) <= tolerance
+def row(
+    quantity: str,
+    expected: float,
+    obtained: Any,
+    tolerance: float = 0.0,
+    *,
+    origin: Origin,
+    relation: Literal["=", "<"] = "=",
+) -> Row:
+    """One number beside what is expected.
+
+    Args:
+        expected: a value, or with `relation` "<" an upper limit. tolerance: absolute; none beyond a limit.
+    """
+    met = obtained < expected if relation == "<" else abs(obtained - expected) <= tolerance
     return {
         "quantity": quantity,
-        "expected": expected,
+        "origin": origin,
+        "relation": relation,
+        "expected": float(expected),
         "obtained": float(obtained),
         "tolerance": tolerance,
         "verdict": "pass" if met else "fail",
     }
+
+
+def shown(one: Mapping[str, Any]) -> Row:
+    """A row for people: a limit carries its sign, which has no column of its own."""
+    limit = {"expected": f"< {one['expected']:.6g}"} if one.get("relation") == "<" else {}
+    return {key: value for key, value in {**one, **limit}.items() if key != "relation"}
 
 
 def extrapolated(values: np.ndarray) -> float:

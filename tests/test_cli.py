@@ -71,8 +71,8 @@ stage("sweep", "run", lambda config, store, seed, workers, scheduler: with_seed(
 stage("report", "rewrite", lambda run: behave(None))
 stage("doctor", "run", lambda: behave(None))
 stage("reproduce", "run", lambda name: [
-    {"name": name, "quantity": "y", "expected": 0.42, "obtained": 0.42, "tolerance": 1e-9,
-     "verdict": "fail" if os.environ["HOW"] == "outside" else "pass"}])
+    {"name": name, "quantity": "y", "origin": "exact", "relation": "<", "expected": 0.42, "obtained": 0.42,
+     "tolerance": 0.0, "verdict": "fail" if os.environ["HOW"] == "outside" else "pass"}])
 def into(name, out):
     with_seed(0, out)
     return [{"name": name, "quantity": "y", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}]
@@ -334,11 +334,20 @@ def test_a_run_told_to_stop_leaves_nothing(tmp_path, number, status):
 def test_reproduced_numbers_are_a_table_and_a_verdict():
     done = staged("fine", "reproduce", "pulses")
     assert done.returncode == 0
-    assert done.stdout.splitlines()[0].split() == ["name", "quantity", "expected", "obtained", "tolerance", "verdict"]
-    assert done.stdout.splitlines()[1].split() == ["pulses", "y", "0.42", "0.42", "1e-09", "pass"]
+    assert done.stdout.splitlines()[0].split() == [
+        "name",
+        "quantity",
+        "origin",
+        "expected",
+        "obtained",
+        "tolerance",
+        "verdict",
+    ]
+    assert done.stdout.splitlines()[1].split() == ["pulses", "y", "exact", "<", "0.42", "0.42", "0", "pass"]
     done = staged("outside", "reproduce", "pulses", "--json")
     assert done.returncode == 1
-    assert json.loads(done.stdout)["rows"][0]["verdict"] == "fail"
+    row = json.loads(done.stdout)["rows"][0]
+    assert (row["relation"], row["expected"], row["verdict"]) == ("<", 0.42, "fail")
     assert "1 of 1 numbers" in done.stderr
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from experiments.records import Run, RunFolder
 from experiments.reproduced import Reproduced
 from twin.memristor import PhotonicMemristor
 
-KEYS = ["name", "quantity", "expected", "obtained", "tolerance", "verdict"]
+KEYS = ["name", "quantity", "origin", "relation", "expected", "obtained", "tolerance", "verdict"]
+ROW = reproduced.row("q", 1.0, 1.0, 0.1, origin="exact")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,10 @@ def test_every_number_is_reproduced(name, computed):
     assert all(list(row) == KEYS for row in rows)
     assert {row["name"] for row in rows} == {name}
     assert [row for row in rows if row["verdict"] != "pass"] == []
-    assert all(np.isfinite(row["obtained"]) and 0 < row["tolerance"] for row in rows)
+    assert all(isinstance(row[key], float) for row in rows for key in ("expected", "obtained", "tolerance"))
+    assert all(np.isfinite(row["obtained"]) for row in rows)
+    assert all((0 < row["tolerance"]) == (row["relation"] == "=") for row in rows)
+    assert {row["origin"] for row in rows} <= set(get_args(reproduced.Origin))
     assert said == ""
 
 
@@ -48,17 +52,19 @@ def test_the_published_statement_is_told_from_our_numbers(computed):
     found, _, notes = computed("separated-pulses")
     rows = {row["quantity"]: row for row in found}
     assert "was not readable" in notes
-    assert rows["RSD(y) at 13 sigma, %"]["expected"] == "< 0.03 (published)"
-    assert rows["RSD(y) at 13 sigma, %"]["obtained"] < 1e-6
+    published = rows["RSD(y) at 13 sigma, %"]
+    assert [row for row in found if row["origin"] == "published"] == [published]
+    assert (published["relation"], published["expected"]) == ("<", 0.03)
+    assert published["obtained"] < 1e-6
+    assert reproduced.shown(published)["expected"] == "< 0.03"
     crossing = rows["separation at which RSD(y) is 0.03 %, sigma"]
-    assert crossing["expected"] == 4.71
+    assert (crossing["origin"], crossing["expected"]) == ("derived here", 4.71)
     assert abs(crossing["obtained"] - 4.71) < 0.01
 
 
 def test_all_is_everything(monkeypatch):
-    row = {"quantity": "q", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}
     one = lambda rows: lambda: Reproduced(rows, {})
-    monkeypatch.setattr(reproduce, "NAMES", {"a": one([row]), "b": one([row, row])})
+    monkeypatch.setattr(reproduce, "NAMES", {"a": one([ROW]), "b": one([ROW, ROW])})
     assert [row["name"] for row in reproduce.run("all")] == ["a", "b", "b"]
 
 
@@ -70,7 +76,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("obtained", [1.2, float("nan")])
 def test_a_number_outside_its_tolerance_fails(obtained):
-    assert reproduced.row("q", 1.0, obtained, 0.1)["verdict"] == "fail"
+    assert reproduced.row("q", 1.0, obtained, 0.1, origin="exact")["verdict"] == "fail"
+    assert reproduced.row("q", 1.0, obtained, origin="published", relation="<")["verdict"] == "fail"
 
 
 def test_a_wrong_twin_is_seen(monkeypatch):
@@ -91,9 +98,9 @@ def test_the_crossed_pair_says_what_of_the_paper_is_not_known(computed):
     found, _, notes = computed("crossed-pair")
     rows = {row["quantity"]: row for row in found}
     assert "were not readable" in notes
-    assert rows["largest form factor, as published"]["expected"] == "about 0.95 (published)"
+    assert [(row["expected"], row["tolerance"]) for row in found if row["origin"] == "published"] == [(0.95, 5e-3)]
     largest = rows["largest form factor of y_A over x_B"]
-    assert (largest["expected"], largest["tolerance"]) == (0.9516, 1e-3)
+    assert (largest["origin"], largest["expected"], largest["tolerance"]) == ("derived here", 0.9516, 1e-3)
     assert largest["obtained"] == pytest.approx(0.951581, abs=1e-6)
     assert rows["Phi of the largest form factor (rad)"]["obtained"] < 0
 
@@ -109,8 +116,8 @@ def test_every_name_has_a_figure_of_its_arrays(name, computed):
 
 def test_a_run_folder_holds_numbers_figures_and_report(computed, monkeypatch, tmp_path):
     computed("photonic-loop")
-    row = {"quantity": "q", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}
-    made = Reproduced([row, row | {"verdict": "fail"}], computed.arrays["photonic-loop"])
+    limit = reproduced.row("limit", 0.5, 1.0, origin="published", relation="<")
+    made = Reproduced([ROW, limit], computed.arrays["photonic-loop"])
     monkeypatch.setattr(reproduce, "NAMES", {"photonic-loop": lambda: made})
     with RunFolder(tmp_path / "run") as folder:
         folder.write_config("# nothing to configure\n")
@@ -121,4 +128,5 @@ def test_a_run_folder_holds_numbers_figures_and_report(computed, monkeypatch, tm
     assert (tmp_path / "run" / "figures" / "photonic_loop.svg").stat().st_size > 1000
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "1 of 2 numbers are within their tolerance" in html and "data:image/svg+xml" in html
+    assert all(piece in html for piece in ("origin", "exact", "published", "&lt; 0.5"))
     assert run.arrays["photonic_loop__x"].shape == made.arrays["x"].shape
