@@ -1,9 +1,9 @@
-"""Devices of either platform told by angles: pulse areas of an ion, phases of a photonic element; and the inverse.
+"""Pulse areas of an ion, or phases of a photonic element, that give wanted populations.
 
-An angle of pi is full command today. What a controller wants is a population of s after pulse (stage) 1, and another
-after both; from no transfer (zero angle, or beyond it where a negative offset must be undone first) up to full transfer
-both are monotone in the angle that makes them, so that a bisection finds the angle to the last digit, or the nearest
-end where the device cannot give what is wanted.
+Both are angles; at the nominal scale, pi is full transfer. What a controller wants is a population of s after pulse
+(stage) 1, and another after both; from no transfer (zero angle, or beyond it where a negative offset must be undone
+first) up to full transfer both are monotone in the angle that makes them, so that a bisection finds the angle to the
+last digit, or the nearest end where the device cannot give what is wanted.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def full_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Arra
     return math.pi / (scale_1 * mean_1), math.pi / (scale_2 * mean_2)
 
 
-def dark_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def least_transfer_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Commanded angles of least transfer, rad: those that undo a negative offset, and 0 without one."""
     if not isinstance(device, PhotonicMemristor):
         return jnp.zeros(()), jnp.zeros(())
@@ -72,6 +72,17 @@ def dark_angles(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Arra
         undone(device.phase_offset_1_rad, device.phase_scale_1),
         undone(device.phase_offset_2_rad, device.phase_scale_2),
     )
+
+
+def check_starts_in_v(device: AbstractMemristor) -> None:
+    """Refuses an ion that is prepared in s, whose input falls with the area.
+
+    Raises:
+        ValueError: see above.
+    """
+    if isinstance(device, IonMemristor) and device.start != "v":
+        raise ValueError(f"control is moved between devices that start in v, but scheme is {device.scheme!r}; use "
+                         "'lambda' or 'ladder'.")  # fmt: skip
 
 
 def angles_for(
@@ -92,12 +103,10 @@ def angles_for(
 
 def first_angle(device: AbstractMemristor, x: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Angle of pulse 1 that leaves x in s, or comes nearest: see `angles_for`."""
-    if isinstance(device, IonMemristor) and device.start != "v":
-        raise ValueError(f"control is moved between devices that start in v, but scheme is {device.scheme!r}; use "
-                         "'lambda' or 'ladder'.")  # fmt: skip
+    check_starts_in_v(device)
     zero = jnp.zeros_like(x)
     rising = lambda angle: signal_of(device, angle, zero, alone=True) - x
-    return _bisected(rising, full_angles(device)[0], zero + dark_angles(device)[0])
+    return _bisected(rising, full_angles(device)[0], zero + least_transfer_angles(device)[0])
 
 
 def second_angle(
@@ -105,22 +114,22 @@ def second_angle(
 ) -> Float[Array, " lanes"]:
     """Angle of pulse 2 that leaves y in s behind a pulse 1 of `angle_1`, or comes nearest."""
     rising = lambda angle: y - signal_of(device, angle_1, angle, alone=False)
-    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y) + dark_angles(device)[1])
+    return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y) + least_transfer_angles(device)[1])
 
 
-def read(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+def assigned_probability(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Probability that a shot is assigned to s, for a population of s; everything else counts as v."""
     levels = len(SCHEMES[device.scheme].levels) if isinstance(device, IonMemristor) else 3
     others = [jnp.zeros_like(signal)] * (levels - 2)
     return device.assigned(jnp.stack([1 - signal, signal, *others]))
 
 
-def unread(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
+def population_estimate(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Estimate of the population of s from the share of shots assigned to it, within [0, 1].
 
     Shot noise carries an estimate beyond the ends, where no command lies; a controller then takes the end.
     """
-    none, all_ = read(device, jnp.zeros(1))[0], read(device, jnp.ones(1))[0]
+    none, all_ = assigned_probability(device, jnp.array([0.0, 1.0]))
     return jnp.clip((share - none) / (all_ - none), 0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Intervals beyond the Fisher matrix: profile likelihood and parametric bootstrap, and where methods disagree.
+"""Intervals beyond the Fisher matrix: profile likelihood, parametric bootstrap, where methods disagree; and of means.
 
 A Laplace interval assumes that the log-likelihood is a parabola that no bound cuts off. The profile follows its true
 shape, the bootstrap refits tables that the calibrated twin could have shown, the posterior weighs the whole box.
@@ -207,6 +207,29 @@ def disagreements(
             f"{told[0].upper()}{told[1:]}. Use that of {_METHODS[best]}."
         )
     return notes
+
+
+class MeanInterval(NamedTuple):
+    """A mean and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Float[np.ndarray, " runs"] | Sequence[float], resamples: int = 10_000) -> MeanInterval:
+    """Mean of independent runs, or of paired differences of runs, resampled with a fixed seed.
+
+    Raises:
+        ValueError: a value that is not finite, or fewer than two.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2 or not np.all(np.isfinite(values)):
+        raise ValueError(f"the interval of a mean needs at least two finite values, but is given {values}; make more "
+                         "runs, or narrow the ranges that they are drawn from.")  # fmt: skip
+    means = np.mean(np.random.default_rng(0).choice(values, (resamples, len(values))), axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return MeanInterval(float(np.mean(values)), float(low), float(high))
 
 
 # The one to be trusted first comes first.

@@ -52,14 +52,17 @@ class Reservoir(eqx.Module):
             raise ValueError(f"`seen` must name some of {SEEN}, but is {self.seen}.")
 
     def features(
-        self, inputs: Float[Array, "steps channels"], *, shots=None, key: PRNGKeyArray | None = None
+        self, inputs: Float[Array, "steps channels"], *, shots=None, key: PRNGKeyArray | None = None, form="auto"
     ) -> Float[Array, "steps features"]:
         """What is measured in each step: counts over shots, or the probabilities that they estimate.
 
         Cycles that are not valid (a command outside [0, 1]) are NaN, and so is every error of a read-out of them.
+
+        Args:
+            inputs, shots, key, form: as for `twin.network.play`.
         """
         keep = tuple(f"p_{name}" for name in self.seen)
-        trace = play(self.network, inputs, shots=shots, key=key, keep=(*keep, "valid"))
+        trace = play(self.network, inputs, shots=shots, key=key, form=form, keep=(*keep, "valid"))
         if shots is None:
             measured = [getattr(trace, name) for name in keep]
         else:

@@ -1,7 +1,7 @@
-"""Control designed on one device, moved by the dictionary and run on another, with shot noise and faults on both sides.
+"""Control designed on one device, moved by the dictionary and run on another; both have shot noise and imperfections.
 
 A study draws pairs of devices, source and target, from boxes, one pair a seed, and calibrates both from simulated
-counts. Each kind of control is then designed on six beliefs and run on real devices:
+counts. Each kind of control is then designed on one of six things (`DESIGNED_ON`) and run:
 
     image         the source itself, known exactly, on what the dictionary makes of it: what the dictionary leaves out
     home          the calibrated source, on the source itself
@@ -13,8 +13,8 @@ counts. Each kind of control is then designed on six beliefs and run on real dev
 **Command map**: angles that give (x, (1 - r) x). Loss: rms of y - (1 - r) x over the square of commands, without shots.
 **Feedback law**: kernel and window, the command map, and the correction of counts for readout. Loss: rms of y over the
 cycles after one period, against the ideal loop. **Reservoir**: virtual nodes on one device, each with commands and a
-window of its own, and a linear read-out of counts, trained on the believed device (moved: on the dictionary's image of
-the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its
+window of its own, and a linear read-out of counts, trained on what it is designed on (moved: on the dictionary's image
+of the calibrated source; image, home: on the real source). Loss: mean squared error of a second-order map over its
 variance, on new counts of the real device.
 """
 
@@ -30,13 +30,22 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 from scipy.stats import qmc
 
-from calibration.angles import angles_for, first_angle, read, second_angle, signal_of, unread
+from calibration.angles import (
+    angles_for,
+    assigned_probability,
+    check_starts_in_v,
+    first_angle,
+    population_estimate,
+    second_angle,
+    signal_of,
+)
 from calibration.command_map import clenshaw_curtis
 from calibration.data import LoopTable
 from calibration.least_squares import descend_one, forward
 from calibration.likelihood import Experiment, bucketed
 from calibration.parameters import FreeParameters, anchored
 from calibration.problem import Loops, Part, Problem
+from calibration.ridge import nmse, ridge_readout
 from twin.closed_form import set_area
 from twin.loop import AbstractMemristor
 from twin.memory import AbstractMemory, MovingAverage
@@ -46,8 +55,10 @@ from twin.planning import emulated, planned
 from twin.readout import sample_counts
 from twin.transfer import to_ion, to_photonic, with_values
 
-WHAT = ("command_map", "feedback", "reservoir")
-BELIEFS = ("image", "home", "moved", "data sheet", "recalibrated", "native")
+CONTROLS = ("command_map", "feedback", "reservoir")
+"""Kinds of control."""
+DESIGNED_ON = ("image", "home", "moved", "data sheet", "recalibrated", "native")
+"""What control is designed on; where it runs stands above."""
 # Angles go beyond full command where a device is too weak: its own pi lies within this factor.
 _ROOM, _EMULATION_ERROR = 1.05, 1e-6
 # Draws of which the first within the boxes is taken, and the share of them that must be.
@@ -60,7 +71,7 @@ class Side(eqx.Module):
     """One device of a study, with what is not known of it.
 
     Attributes:
-        device: ready for values within the boxes. ideal_memory: what the controller wants as feedback.
+        device: ready for values within the boxes.
         names, low, high: what differs from device to device, uniform in a box; none for a device that is known.
         problem: its calibration; None without names.
         mean, root: of a calibration that was made already: devices are then drawn from its errors, root root^T = C, the
@@ -82,10 +93,10 @@ class Side(eqx.Module):
     def drawn(self, key: PRNGKeyArray) -> Float[Array, " names"]:
         """Values of a real device, within the boxes."""
         if self.root is not None and self.mean is not None:
-            rest, inside = jax.random.split(key)
-            values = self.mean + jax.random.normal(rest, (_CANDIDATES, len(self.names))) @ self.root.T
+            key_normal, key_uniform = jax.random.split(key)
+            values = self.mean + jax.random.normal(key_normal, (_CANDIDATES, len(self.names))) @ self.root.T
             # What the calibration tells little about may be anywhere; the rest is drawn until it lies in the box.
-            free = self.low + (self.high - self.low) * jax.random.uniform(inside, self.low.shape)
+            free = self.low + (self.high - self.low) * jax.random.uniform(key_uniform, self.low.shape)
             values = jnp.where(jnp.diag(self.root @ self.root.T) == 0, free, values)
             fits = jnp.all((values >= self.low) & (values <= self.high), axis=1)
             return jnp.where(jnp.any(fits), values[jnp.argmax(fits)], jnp.nan)
@@ -132,42 +143,55 @@ def side(
                          "range begin above 0.")  # fmt: skip
     experiment = Experiment.from_table(table)
     device = anchored(device)
-    names = tuple(boxes)
-    middle = jnp.array([0.5 * (low + high) for low, high in boxes.values()])
-    angles_for(with_values(_plain(device), names, middle), jnp.ones(1), jnp.ones(1))
+    check_starts_in_v(device)
     if isinstance(device, IonMemristor) and not isinstance(device.method, ClosedForm):
-        error = device.method.error if isinstance(device.method, Lindblad | Automatic) else 1e-8
-        device = dataclasses.replace(device, method=Lindblad(error))
-        roomy = dict(boxes)
-        for name in ("rabi_scale_1", "rabi_scale_2"):
-            low, high = roomy.get(name, 2 * (float(getattr(device, name)),))
-            roomy[name] = (min(low, 1.0) * (1 - 1e-6), max(high, 1.0) / min(weakest, 1.0) * _ROOM)
-        laid = planned(device, roomy, solves=experiment.solves_of_setting)
-        device = emulated(laid, roomy, experiment.settings, error=max(_EMULATION_ERROR, float(error)))
+        device = _emulated(device, boxes, experiment, weakest)
+    names = tuple(boxes)
     if not names:
         return Side(device, names, jnp.zeros(0), jnp.zeros(0), None)
     free = FreeParameters.from_boxes(boxes)
-    own_window = "window_cycles" in boxes
-    data = Loops(bucketed(device, experiment, own_window=own_window))
+    data = Loops(bucketed(device, experiment, own_window="window_cycles" in boxes))
     problem = Problem(free, (Part("loops", device, data, len(table), "loops"),))
-    if found is None:
-        return Side(device, names, free.low, free.high, problem)
+    prior = (None, None) if found is None else _prior_of(free, found, uniform)
+    return Side(device, names, free.low, free.high, problem, *prior)
+
+
+def _emulated(
+    device: IonMemristor, boxes: Mapping[str, tuple[float, float]], experiment: Experiment, weakest: float
+) -> IonMemristor:
+    """The ion with its dynamics tabulated over the boxes, with room for the commands of any device of the study."""
+    error = device.method.error if isinstance(device.method, Lindblad | Automatic) else 1e-8
+    device = dataclasses.replace(device, method=Lindblad(error))
+    roomy = dict(boxes)
+    for name in ("rabi_scale_1", "rabi_scale_2"):
+        low, high = roomy.get(name, 2 * (float(getattr(device, name)),))
+        roomy[name] = (min(low, 1.0) * (1 - 1e-6), max(high, 1.0) / min(weakest, 1.0) * _ROOM)
+    laid = planned(device, roomy, solves=experiment.solves_of_setting)
+    return emulated(laid, roomy, experiment.settings, error=max(_EMULATION_ERROR, float(error)))
+
+
+def _prior_of(
+    free: FreeParameters,
+    found: tuple[Float[np.ndarray, " names"], Float[np.ndarray, "names names"]],
+    uniform: Collection[str],
+) -> tuple[Float[Array, " names"], Float[Array, "names names"]]:
+    """Mean and root of the errors of a calibration, see `Side`.
+
+    Raises:
+        ValueError: errors of which hardly a draw lies within the boxes.
+    """
     low, high = np.asarray(free.low), np.asarray(free.high)
-    told = np.array([name not in uniform for name in names])
+    told = np.array([name not in uniform for name in free.names])
     values, vectors = np.linalg.eigh(found[1][np.ix_(told, told)])
-    root = np.zeros((len(names), len(names)))
+    root = np.zeros((len(low), len(low)))
     root[np.ix_(told, told)] = vectors * np.sqrt(np.maximum(values, 0.0))
     mean = np.clip(found[0], low, high)
-    trial = (mean + np.random.default_rng(0).normal(size=(4096, len(names))) @ root.T)[:, told]
+    trial = (mean + np.random.default_rng(0).normal(size=(4096, len(low))) @ root.T)[:, told]
     share = np.mean(np.all((trial >= low[told]) & (trial <= high[told]), axis=1))
     if share < _ACCEPTED:
         raise ValueError(f"only {share:.2g} of the devices within the errors of the fit lie within its boxes; fit with "
                          "more data, or with wider boxes.")  # fmt: skip
-    return Side(device, names, free.low, free.high, problem, jnp.asarray(mean), jnp.asarray(root))
-
-
-def _plain(device: AbstractMemristor) -> AbstractMemristor:
-    return dataclasses.replace(device, method=ClosedForm()) if isinstance(device, IonMemristor) else device
+    return jnp.asarray(mean), jnp.asarray(root)
 
 
 def image(device: AbstractMemristor, like: AbstractMemristor) -> AbstractMemristor:
@@ -238,8 +262,9 @@ def law_loop(
 ) -> tuple[Float[Array, " cycles"], Float[Array, " cycles"]]:
     """(r, y) of the feedback law of the believed device, run on the real one; y is the population."""
     zero, angle_1 = jnp.zeros_like(asked.x), first_angle(believed, asked.x)
-    seen = sample_counts(key, read(real, signal_of(real, angle_1, zero, alone=True)), asked.shots) / asked.shots
-    r = asked.memory.filter(unread(believed, seen))
+    p_x = assigned_probability(real, signal_of(real, angle_1, zero, alone=True))
+    seen = sample_counts(key, p_x, asked.shots) / asked.shots
+    r = asked.memory.filter(population_estimate(believed, seen))
     angle_2 = second_angle(believed, angle_1, (1 - r) * asked.x)
     return r, signal_of(real, angle_1, angle_2, alone=False)
 
@@ -257,7 +282,7 @@ def features(device: AbstractMemristor, asked: Task, u: Float[Array, " steps"], 
     x_set = asked.bias + asked.gain * u[:, None]
     shape, zero = x_set.shape, jnp.zeros(x_set.size)
     angle_1 = set_area(x_set).ravel()
-    count = lambda key, signal: sample_counts(key, read(device, signal), asked.shots) / asked.shots
+    count = lambda key, signal: sample_counts(key, assigned_probability(device, signal), asked.shots) / asked.shots
     seen = count(key_x, signal_of(device, angle_1, zero, alone=True)).reshape(shape)
     angle_2 = set_area(MovingAverage(asked.windows).filter(seen)).ravel()
     return count(key_y, signal_of(device, angle_1, angle_2, alone=False)).reshape(shape)
@@ -279,27 +304,6 @@ def second_order_map(key: PRNGKeyArray, steps: int) -> tuple[Float[Array, " step
     return u, lax.scan(step, (rest, rest), u)[1]
 
 
-def ridge(inputs: Float[Array, "steps nodes"], wanted: Float[Array, " steps"]) -> Float[Array, " weights"]:
-    """Weights of a linear read-out with a bias that is not penalized (the last); exact."""
-    centre, middle = jnp.mean(inputs, axis=0), jnp.mean(wanted)
-    z = inputs - centre
-    square = z.T @ z + _RIDGE * len(wanted) * jnp.eye(z.shape[1])
-    weights = jnp.linalg.solve(square, z.T @ (wanted - middle))
-    return jnp.append(weights, middle - centre @ weights)
-
-
-def reservoir_loss(
-    trained_on: AbstractMemristor, real: AbstractMemristor, asked: Task, key: PRNGKeyArray
-) -> Float[Array, ""]:
-    """Mean squared error over the variance, on new inputs of the real device, of a read-out trained on another."""
-    return _missed(*(_seen(device, asked, k) for device, k in zip((trained_on, real), _two(key), strict=True)))
-
-
-def _two(key: PRNGKeyArray) -> Array:
-    """Keys of training and test."""
-    return jax.random.split(key)
-
-
 def _seen(device: AbstractMemristor, asked: Task, key: PRNGKeyArray) -> tuple[Array, Array]:
     """Features and what they are to tell, after the wash-out."""
     key_u, key_counts = jax.random.split(key)
@@ -308,9 +312,9 @@ def _seen(device: AbstractMemristor, asked: Task, key: PRNGKeyArray) -> tuple[Ar
 
 
 def _missed(training: tuple[Array, Array], test: tuple[Array, Array]) -> Float[Array, ""]:
-    weights = ridge(*training)
-    told = test[0] @ weights[:-1] + weights[-1]
-    return jnp.mean((told - test[1]) ** 2) / jnp.var(test[1])
+    """Normalized test error of the read-out that is solved on the training part; each is (features, targets)."""
+    readout = ridge_readout(*training, _RIDGE * len(training[1]))
+    return nmse(readout(test[0]), test[1])
 
 
 # ------------------------------------------------------------------------------------------------ the study
@@ -338,24 +342,31 @@ def pairs(source: Side, target: Side, keys: Key[Array, " seeds"]) -> Pairs:
 
 
 def losses(
-    source: Side, target: Side, drawn: Pairs, asked: Task, what: str, keys: Key[Array, " seeds"]
-) -> Float[Array, "seeds beliefs"]:
-    """Loss of one kind of control under each of `BELIEFS`, a seed a row; NaN where a device could not be played."""
-    if what not in WHAT:
-        raise ValueError(f"`what` must be one of {WHAT}, but is {what!r}.")
+    source: Side, target: Side, drawn: Pairs, asked: Task, control: str, keys: Key[Array, " seeds"]
+) -> Float[Array, "seeds designs"]:
+    """Loss of one of `CONTROLS`, a seed a row, a column for each of `DESIGNED_ON`; NaN where a device could not play.
+
+    Raises:
+        ValueError: an unknown kind of control.
+    """
+    if control not in CONTROLS:
+        raise ValueError(f"`control` must be one of {CONTROLS}, but is {control!r}.")
     middle = jnp.broadcast_to(0.5 * (target.low + target.high), drawn.target.shape)
-    known = jnp.stack([middle, drawn.target_found, drawn.target])
-    if what != "reservoir":
-        return _obeyed(source, target, drawn, known, asked, what, keys)
-    train, test = jnp.swapaxes(jax.vmap(_two)(keys), 0, 1)
+    known = {"data sheet": middle, "recalibrated": drawn.target_found, "native": drawn.target}
+    if control != "reservoir":
+        return _obeyed(source, target, drawn, jnp.stack(list(known.values())), asked, control, keys)
+    train, test = jnp.swapaxes(jax.vmap(jax.random.split)(keys), 0, 1)
     there = target.device
     at_home = _many(source, drawn.source, None, asked, train)
-    images = [_many(source, drawn.source, like, asked, test) for like in (there, None)]
-    real = _many(target, drawn.target, None, asked, test)
-    moved = _many(source, drawn.source_found, there, asked, train)
-    taught = [at_home, at_home, moved] + [_many(target, values, None, asked, train) for values in known]
-    missed = jax.vmap(_missed)
-    return jnp.stack([missed(*pair) for pair in zip(taught, [*images, *4 * [real]], strict=True)], axis=1)
+    on_target = _many(target, drawn.target, None, asked, test)
+    # What each read-out is trained on, and what it is tested on.
+    played = {
+        "image": (at_home, _many(source, drawn.source, there, asked, test)),
+        "home": (at_home, _many(source, drawn.source, None, asked, test)),
+        "moved": (_many(source, drawn.source_found, there, asked, train), on_target),
+        **{name: (_many(target, values, None, asked, train), on_target) for name, values in known.items()},
+    }
+    return jnp.stack([jax.vmap(_missed)(*played[name]) for name in DESIGNED_ON], axis=1)
 
 
 @eqx.filter_jit
@@ -371,12 +382,12 @@ def _many(side: Side, values: Float[Array, "seeds names"], like: AbstractMemrist
 
 @eqx.filter_jit
 def _obeyed(
-    source: Side, target: Side, drawn: Pairs, known: Float[Array, "3 seeds names"], asked: Task, what: str, keys
-) -> Float[Array, "seeds beliefs"]:
-    """Losses of command maps or feedback laws; `known` is what is believed of the target without a source."""
+    source: Side, target: Side, drawn: Pairs, known: Float[Array, "3 seeds names"], asked: Task, control: str, keys
+) -> Float[Array, "seeds designs"]:
+    """Losses of command maps or feedback laws; `known` is what may be known of the target without a source."""
 
     def loss(belief, real, key):
-        return map_loss(belief, real, asked.points) if what == "command_map" else law_loss(belief, real, asked, key)
+        return map_loss(belief, real, asked.points) if control == "command_map" else law_loss(belief, real, asked, key)
 
     def one(given):
         (a, a_found, b, _), known, key = given
@@ -386,29 +397,3 @@ def _obeyed(
         return jnp.concatenate([jnp.stack(found), lax.map(lambda values: loss(target.at(values), there, key), known)])
 
     return lax.map(one, (drawn, jnp.swapaxes(known, 0, 1), keys))
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Mean over seeds with its 95 % bootstrap interval, and the central 95 % of the seeds."""
-
-    mean: float
-    low: float
-    high: float
-    seeds_low: float
-    seeds_high: float
-
-
-def interval(values: Float[np.ndarray, " seeds"], resamples: int = 4000) -> Interval:
-    """Of losses, or of paired differences of losses; resampled with a fixed seed.
-
-    Raises:
-        ValueError: a loss that is not finite, or fewer than two.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2 or not np.all(np.isfinite(values)):
-        raise ValueError(f"an interval needs at least two finite losses, but is given {values}; mend the devices.")
-    rng = np.random.default_rng(0)
-    means = np.mean(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
-    ends = [float(q) for part in (means, values) for q in np.quantile(part, [0.025, 0.975])]
-    return Interval(float(np.mean(values)), *ends)

@@ -31,7 +31,7 @@ def with_fit(config: Config, device: AbstractMemristor, run: Run) -> tuple[Any, 
     verdicts = [name for name, one in run.result["parameters"].items() if one["verdict"] in ("weak", "not identified")]
     note = f"The device is that of the fit {run.path.name} ({run.result['status']})."
     if verdicts:
-        note += f" Its {', '.join(verdicts)} rest on weak evidence, and so does whatever these commands gain by them."
+        note += f" Its {', '.join(verdicts)} rest on weak evidence, and so does whatever follows from them."
     if "n_bar" in found and isinstance(device, IonMemristor):
         if device.motion is None:
             device = dataclasses.replace(device, phonon_nodes=max(device.phonon_nodes, PHONON_NODES))

@@ -6,21 +6,20 @@ and of its image, losses of every seed) and the report.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import xarray as xr
 
 from calibration.data import LoopTable
+from calibration.intervals import mean_interval
 from calibration.parameters import unit_of
 from calibration.transfer_of_control import (
-    BELIEFS,
-    WHAT,
-    Interval,
+    CONTROLS,
+    DESIGNED_ON,
     Side,
     image,
-    interval,
     losses,
     map_loss,
     pairs,
@@ -85,44 +84,21 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         notes.append(note)
     result: dict[str, Any] = {"kind": "transfer", "status": "done", "to": wanted.to, "losses": {}, "control": {}}
     columns: dict[str, Any] = {}
+    parts = []
     if "device" in wanted.what:
         out.log(f"dictionary to {wanted.to}")
-        names = tuple(boxes)
-        covariance = None if found is None else found[1]
-        result |= _dictionary(device, names, covariance)
-        whole = device
-        if isinstance(device, IonMemristor) and isinstance(device.method, ClosedForm):
-            # The dictionary counts what the closed form ignores, so that the ion beside the image must have it.
-            whole = dataclasses.replace(device, method=Lindblad(config.device.error))
-        result["remainder"] = _remainder(whole)
-        columns |= _loops(whole, wanted)
-        notes += _left_out(result["remainder"])
-    control = [what for what in WHAT if what in wanted.what]
-    if control:
+        parts.append(_device_part(config, wanted, device, tuple(boxes), None if found is None else found[1]))
+    controls = [what for what in CONTROLS if what in wanted.what]
+    if controls:
         table = _settings(config, wanted)
         out.log(f"{wanted.seeds} pairs of devices, {wanted.shots} shots")
         source = side(device, boxes, table, found, weak)
         target = _target(config, wanted, table, _weakest(device, boxes))
-        keys, of_devices = jax.random.split(jax.random.key(seed), (2, wanted.seeds))
-        drawn = pairs(source, target, of_devices)
-        asked = task(
-            memory_from(config), shots=wanted.shots, periods=wanted.periods, nodes=wanted.nodes,
-            cycles_per_period=wanted.cycles_per_period, points=wanted.points,
-        )  # fmt: skip
-        for what in control:
-            out.log(f"{what}: {_LOSSES[what]}")
-            every = np.asarray(losses(source, target, drawn, asked, what, keys))
-            if not np.all(np.isfinite(every)):
-                bad = int(np.sum(~np.all(np.isfinite(every), axis=1)))
-                raise RuntimeError(f"{bad} of {len(every)} pairs of devices could not be played under the {what}; "
-                                   "narrow the ranges of transfer.source and transfer.target.")  # fmt: skip
-            result["losses"][what] = _LOSSES[what]
-            result["control"][what] = {name: _plain(interval(every[:, k])) for k, name in enumerate(BELIEFS)}
-            columns[f"loss_{what}"] = (("seed", "belief"), every)
-            notes.append(_lost(what, every))
-        columns["belief"] = ("belief", np.array(BELIEFS, object))
-        result["ideal"] = _ideal(device, wanted)
-        notes.append(f"Between ideal devices the command map is moved to {result['ideal']:.1g}.")
+        parts.append(_control_part(config, wanted, source, target, controls, seed, out))
+    for more, arrays, said in parts:
+        result |= more
+        columns |= arrays
+        notes += said
     result |= {
         "notes": notes, "seeds": wanted.seeds, "shots": wanted.shots, "seed": seed, "seconds": clock.stop(),
         "from": None if fit_run is None else Path(fit_run).name, **provenance(),
@@ -133,6 +109,62 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     for note in notes:
         out.log(f"  {note}")
     return result
+
+
+class _Part(NamedTuple):
+    """What one part of the verb adds to ``result.json``, to ``arrays.nc`` and to the notes."""
+
+    result: dict[str, Any]
+    columns: dict[str, Any]
+    notes: list[str]
+
+
+def _device_part(
+    config: Config, wanted: Transfer, device: AbstractMemristor, names: tuple[str, ...], covariance
+) -> _Part:
+    """The dictionary, what it leaves out, and the loops of the device and of its image.
+
+    Args:
+        names, covariance: of a calibration whose errors are carried over; None without one.
+    """
+    dictionary = _dictionary(device, names, covariance)
+    if isinstance(device, IonMemristor) and isinstance(device.method, ClosedForm):
+        # The dictionary counts what the closed form ignores, so that the ion beside the image must have it.
+        device = dataclasses.replace(device, method=Lindblad(config.device.error))
+    left = _remainder(device)
+    return _Part({**dictionary, "remainder": left}, _loops(device, wanted), _left_out(left))
+
+
+def _control_part(
+    config: Config, wanted: Transfer, source: Side, target: Side, controls: list[str], seed: int, out: RunFolder
+) -> _Part:
+    """The study: losses of each kind of control, seed by seed.
+
+    Raises:
+        RuntimeError: devices that cannot be solved.
+    """
+    keys, of_devices = jax.random.split(jax.random.key(seed), (2, wanted.seeds))
+    drawn = pairs(source, target, of_devices)
+    asked = task(
+        memory_from(config), shots=wanted.shots, periods=wanted.periods, nodes=wanted.nodes,
+        cycles_per_period=wanted.cycles_per_period, points=wanted.points,
+    )  # fmt: skip
+    told, columns, notes = {}, {}, []
+    for control in controls:
+        out.log(f"{control}: {_LOSSES[control]}")
+        every = np.asarray(losses(source, target, drawn, asked, control, keys))
+        if not np.all(np.isfinite(every)):
+            bad = int(np.sum(~np.all(np.isfinite(every), axis=1)))
+            raise RuntimeError(f"{bad} of {len(every)} pairs of devices could not be played under the {control}; "
+                               "narrow the ranges of transfer.source and transfer.target.")  # fmt: skip
+        told[control] = {name: _interval_json(every[:, k]) for k, name in enumerate(DESIGNED_ON)}
+        columns[f"loss_{control}"] = (("seed", "designed_on"), every)
+        notes.append(_lost(control, every))
+    columns["designed_on"] = ("designed_on", np.array(DESIGNED_ON, object))
+    ideal = _ideal(source.device, wanted)
+    notes.append(f"Between ideal devices the command map is moved to {ideal:.1g}.")
+    result = {"losses": {control: _LOSSES[control] for control in controls}, "control": told, "ideal": ideal}
+    return _Part(result, columns, notes)
 
 
 def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -> dict[str, Any]:
@@ -241,15 +273,18 @@ def _ideal(device: AbstractMemristor, wanted: Transfer) -> float:
     return float(map_loss(image(one, other), other, wanted.points))
 
 
-def _plain(found: Interval) -> dict[str, Any]:
-    return {"mean": found.mean, "ci95": [found.low, found.high], "seeds95": [found.seeds_low, found.seeds_high]}
+def _interval_json(values: np.ndarray) -> dict[str, Any]:
+    """Mean of losses with its 95 % interval, and the central 95 % of the seeds."""
+    found = mean_interval(values)
+    seeds = [float(end) for end in np.quantile(values, [0.025, 0.975])]
+    return {"mean": found.mean, "ci95": [found.low, found.high], "seeds95": seeds}
 
 
-def _lost(what: str, every: np.ndarray) -> str:
+def _lost(control: str, every: np.ndarray) -> str:
     """The price of the move and of not knowing, paired over seeds, in words."""
-    column = dict(zip(BELIEFS, every.T, strict=True))
-    moved, again = (interval(column[name] - column["native"]) for name in ("moved", "recalibrated"))
-    name = what.replace("_", " ").capitalize()
+    column = dict(zip(DESIGNED_ON, every.T, strict=True))
+    moved, again = (mean_interval(column[name] - column["native"]) for name in ("moved", "recalibrated"))
+    name = control.replace("_", " ").capitalize()
     return (
         f"{name}: {np.mean(column['native']):.2g} where the target is known; moved without recalibration "
         f"{moved.mean:+.2g} ({moved.low:+.2g} to {moved.high:+.2g}), recalibrated {again.mean:+.2g} "

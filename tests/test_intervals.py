@@ -173,3 +173,21 @@ def test_a_disagreement_is_one_sentence_a_parameter():
     assert second.startswith("`b`: Laplace's interval [0, 0.3]")
     assert "cut off by the prior box" in second
     assert second.endswith("Use that of the posterior.")
+
+
+# ------------------------------------------------------------------------------------------------ means
+
+
+@pytest.mark.parametrize("runs", [20, 2000])
+def test_the_interval_of_a_mean_is_its_standard_error(runs):
+    values = np.random.default_rng(0).normal(3.0, 1.0, runs)
+    mean, low, high = intervals.mean_interval(values)
+    assert mean == pytest.approx(values.mean())
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(runs), rel=0.1)
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, np.nan]])
+def test_a_mean_of_too_little_has_no_interval(values):
+    with pytest.raises(ValueError, match="at least two finite values"):
+        intervals.mean_interval(values)

@@ -77,15 +77,6 @@ def test_settings_are_chosen_by_validation_and_scored_by_test():
         study._best([(np.array([np.nan]), np.array([0.1]))])
 
 
-def test_an_interval_holds_its_mean_and_narrows_with_the_seeds():
-    few, many = (np.random.default_rng(0).normal(size=n).tolist() for n in (20, 2000))
-    for values in (few, many):
-        mean, low, high = study.interval(values)
-        assert low < mean < high
-        # The standard error times 1.96, on both sides.
-        assert high - low == pytest.approx(2 * 1.96 * np.std(values) / np.sqrt(len(values)), rel=0.1)
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """Two tasks whose scores are made up, and how often each was asked for."""
@@ -139,7 +130,7 @@ def test_merlins_memristor_averages_its_own_output():
         r += (p - r) / 4.0
 
 
-def test_the_circuit_of_x4_is_unitary_and_mixes_with_the_phase():
+def test_the_first_step_of_x4_is_that_of_the_circuit_matrices():
     """By the matrices of Perceval's beam splitter and phase shifter, mode by mode."""
     splitter = np.array([[1, 1j], [1j, 1]]) / np.sqrt(2)
     u, transfer, phase, mixing = 0.6, 0.5, 0.7, 1.1

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy import sparse
 
-import experiments  # noqa: F401  (64-bit JAX)
-from calibration.capacity import capacities, terms_up_to
+from calibration.capacity import capacities, memory_capacity, terms_up_to
 from calibration.formats import write_atomic
+from calibration.intervals import mean_interval
 from calibration.ridge import Split, chosen_readout
+from calibration.train import Reservoir, reservoir_nmse
 from experiments import tasks
 from twin.graph import ring, uncoupled
 from twin.memory import Exponential, MovingAverage
@@ -90,14 +91,13 @@ def _played(coupled: bool, remembers: bool, windows, weights, bias, coupling, in
         memory = (
             MovingAverage(jnp.minimum(windows, longest), capacity=longest + 2)
             if remembers
-            else Exponential(1e12 * windows)
+            else Exponential(1e12 * windows)  # A time constant beyond any record: R stays at 1/2.
         )
         graph = ring(NODES, coupling) if coupled else uncoupled(NODES)
         network = Network((PhotonicMemristor(memory=memory),), graph, Encoding(weights, bias))
         # Counts are drawn a step at a time: all at once the sampler waits for its slowest lane.
         form = "auto" if shots is None else "scan"
-        trace = play(network, inputs, shots=shots, key=key, form=form, keep=("p_y", "valid"))
-        return jnp.where(trace.valid, trace.p_y if shots is None else trace.n_y / shots, jnp.nan)
+        return Reservoir(network).features(inputs, shots=shots, key=key, form=form)
 
     return jax.vmap(one, in_axes=(0, 0, 0, 0, None if keys is None else 0))(windows, weights, bias, inputs, keys)
 
@@ -197,15 +197,18 @@ def _best(found: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
 
 def capacity_scores(kind: str, model: str, shots: int | None, seeds: range) -> list[float]:
     """Capacities, seed by seed, of the setting with the largest one on another record of inputs."""
-    terms = tuple(((d, 1),) for d in range(1, LINEAR + 1)) if kind == "linear memory" else terms_up_to(PRODUCTS)
-    found = []
+    terms, found = terms_up_to(PRODUCTS), []
+
+    def total(seen: np.ndarray, inputs: np.ndarray) -> float:
+        if kind == "linear memory":
+            return memory_capacity(seen, inputs, LINEAR, washout=100)
+        return capacities(seen, inputs, terms, washout=100).total
+
     for setting in MODELS[model]:
         totals = []
         for shift in (1000, 0):
             inputs, seen = _driven(model, setting, shots, seeds, shift)
-            totals.append(
-                np.array([capacities(f, u, terms, washout=100).total for f, u in zip(seen, inputs, strict=True)])
-            )
+            totals.append(np.array([total(f, u) for f, u in zip(seen, inputs, strict=True)]))
         found.append((-totals[0], totals[1]))
     return _best(found)
 
@@ -252,14 +255,6 @@ def cells() -> Iterator[tuple[str, str, int | None]]:
                 yield task, model, shots
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and the 95 % interval of the mean by bootstrap over the seeds."""
-    rng = np.random.default_rng(0)
-    means = np.mean(rng.choice(values, (10_000, len(values))), axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.mean(values)), float(low), float(high)
-
-
 def label(task: str, model: str, shots: int | None) -> str:
     """Key of a cell in the file."""
     return f"{task} | {model} | {shots or 'inf'}"
@@ -285,7 +280,7 @@ def compute(out: Path, seeds: range, only: tuple[str, ...] = ()) -> dict[str, An
             bar.advance(job)
     lines = ["task,model,shots,mean,low,high,seeds"]
     for cell in todo:
-        numbers = interval(done[label(*cell)]["scores"])
+        numbers = mean_interval(done[label(*cell)]["scores"])
         lines.append(",".join([cell[0], f'"{cell[1]}"', str(cell[2] or "inf"), *(f"{v:.6g}" for v in numbers)]))
         lines[-1] += f",{len(seeds)}"
     write_atomic(out / "scores.csv", ("\n".join(lines) + "\n").encode())
@@ -300,10 +295,10 @@ def table(done: dict[str, Any]) -> str:
     for task in TASKS:
         if not all(label(task, *c) in done for c in columns):
             continue
-        found = [interval(done[label(task, *c)]["scores"]) for c in columns]
+        found = [mean_interval(done[label(task, *c)]["scores"]) for c in columns]
         sign = -1 if "capacity" in MEASURES.get(task, "") else 1
-        best = min(found, key=lambda f: sign * f[0])
-        near = [f[1] <= best[2] and f[2] >= best[1] for f in found]
+        best = min(found, key=lambda f: sign * f.mean)
+        near = [f.low <= best.high and f.high >= best.low for f in found]
         text = [f"{m:.3g} ({low:.3g} to {high:.3g})" for m, low, high in found]
         lines.append(f"| {task} ({MEASURES.get(task, 'NMSE')}) | " + " | ".join(
             f"**{t}**" if n else t for t, n in zip(text, near, strict=True)) + " |")  # fmt: skip
@@ -349,8 +344,6 @@ def scale() -> None:
 @eqx.filter_jit
 def _many(reach: Float[Array, " batch"]) -> Array:
     """Validation errors of uncoupled memristors for many longest time constants."""
-    from calibration.train import Reservoir, reservoir_nmse
-
     run = tasks.second_order_narma(0, 2000)
     u, wanted = jnp.asarray(run.scaled)[:, None], jnp.asarray(run.targets)
 
