@@ -111,6 +111,10 @@ def mackey_glass_from(history: float, samples: int, *, step: float, delay: float
     return x[lag::a_sample]
 
 
+# Intensity of the highest of 256 levels of the laser series; the largest among 20 records of 2,000 samples was 34.
+_LASER_FULL_SCALE = 48.0
+
+
 def laser(seed: int, steps: int, *, horizon: int = 1) -> Series:
     """Intensity of a chaotic laser, to be predicted: of the kind of the Santa Fe competition's series A, and not it.
 
@@ -129,13 +133,8 @@ def laser(seed: int, steps: int, *, horizon: int = 1) -> Series:
     rate = lambda _, s: [-2 * (s[0] - s[1]), -s[1] + s[0] * (15 - s[2]), -0.25 * s[2] + s[0] * s[1]]
     solution = solve_ivp(rate, (0.0, times[-1]), start, method="DOP853", t_eval=times, rtol=1e-9, atol=1e-9)
     intensity = solution.y[0][500:] ** 2
-    # The largest intensity among 20 records of 2,000 samples was 34.
-    levels = np.round(intensity * (255 / LASER_FULL_SCALE))
+    levels = np.round(intensity * (255 / _LASER_FULL_SCALE))
     return Series(levels[:steps], levels[horizon : horizon + steps], 0.0, 255.0)
-
-
-LASER_FULL_SCALE = 48.0
-"""Intensity of the highest of 256 levels of the laser series."""
 
 
 def fourth_power(seed: int, steps: int) -> Series:

@@ -85,7 +85,7 @@ def test_mackey_glass_is_asked_some_samples_ahead():
         tasks.mackey_glass_from(1.0, 10, step=0.3, delay=17.0)
 
 
-def test_the_laser_pulses_and_never_repeats():
+def test_the_laser_pulses_and_is_not_linearly_predictable():
     run = tasks.laser(1, 3000)
     levels = run.inputs
     np.testing.assert_array_equal(run.targets[:-1], levels[1:])
@@ -94,7 +94,7 @@ def test_the_laser_pulses_and_never_repeats():
     spectrum = np.abs(np.fft.rfft(levels - levels.mean())) ** 2
     samples_a_pulse = 3000 / np.argmax(spectrum)
     assert 6.5 < samples_a_pulse < 9.5
-    # Chaos: the next level is not a function of this one.
+    # The best line through this level and the next explains less than half of it.
     assert np.corrcoef(levels[:-1], levels[1:])[0, 1] ** 2 < 0.5
 
 

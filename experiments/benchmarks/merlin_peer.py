@@ -16,7 +16,7 @@ import merlin as ml
 import torch
 
 
-def interferometer(builder, first: int) -> None:
+def beam_splitter(builder, first: int) -> None:
     """A balanced beam splitter of modes `first` and `first + 1`."""
     builder.add_superpositions(targets=(first, first + 1), theta=math.pi / 2)
 
@@ -31,12 +31,12 @@ def layer(tau: float, dtype) -> ml.QuantumLayer:
         return 2 * torch.acos(torch.sqrt(r.clamp(0, 1)))
 
     builder = ml.CircuitBuilder(n_modes=3)
-    interferometer(builder, 0)
+    beam_splitter(builder, 0)
     builder.add_angle_encoding(modes=[0], name="input")
-    interferometer(builder, 0)
-    interferometer(builder, 1)
+    beam_splitter(builder, 0)
+    beam_splitter(builder, 1)
     builder.add_memristive_ps(mode=1, update_rule=phase, initial_state=math.pi / 2, name="memory")
-    interferometer(builder, 1)
+    beam_splitter(builder, 1)
     return ml.QuantumLayer(
         input_size=1, builder=builder, input_state=[1, 0, 0], dtype=dtype,
         measurement_strategy=ml.MeasurementStrategy.probs(ml.ComputationSpace.FOCK),
@@ -44,7 +44,7 @@ def layer(tau: float, dtype) -> ml.QuantumLayer:
 
 
 def main() -> None:
-    """See the module."""
+    """Time the layer on the problem from stdin and print the answer as JSON."""
     warnings.simplefilter("ignore")
     problem = json.load(sys.stdin)
     torch.set_num_threads(problem["threads"])

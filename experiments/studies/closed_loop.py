@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import least_squares
 
-import experiments  # noqa: F401  (64-bit JAX)
 from calibration.closed_loop import AbstractSearch, CmaEs
 from calibration.control import apply_commands
 from calibration.twin_guided import TwinGuided, laid_for, pulse_model

@@ -96,7 +96,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps")
     parser.add_argument("--only", default="", help="rows whose label holds this")
     arguments = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
     print("| network | nodes | steps | form | node-cycles/s | µs a step | compile, s | solve, s |\n" + "|---" * 8 + "|")
     for case in CASES:
         if arguments.only in case.label:

@@ -3,7 +3,7 @@
 Areas are of ``run`` beside the closed form; recovery is that of ``experiments/configs/photonic.toml``. Seeds are fixed.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,14 @@ def throughput(fields: dict[str, float], devices: int = 4096) -> float:
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.studies.photonic", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the tables")
+    quick = parser.parse_args().quick
     print("| what is not ideal | memory of commands | of populations | of counts | form factor | pinch | closed form |")
     print("|---|---|---|---|---|---|---|")
     for name, fields in SPOILED:
         print(area_row(name, fields), flush=True)
-    rows, chi2 = recovery(4 if "--quick" in sys.argv else 40)
+    rows, chi2 = recovery(4 if quick else 40)
     print("\n| parameter | truth | standard error | scatter of the estimates | interval holds the truth |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))

@@ -79,7 +79,6 @@ def neighbours_matter(ions: int = 70) -> float:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_enable_x64", True)
     rows = [measured(ions, None) for ions in (5, 70, 300)]
     rows += [measured(ions, moving(ions)) for ions in (5, 70, 300)]
     print(aligned(rows))
