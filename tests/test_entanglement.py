@@ -13,6 +13,7 @@ from scipy.special import ellipe, ellipk
 from twin import hysteresis, qubit_pairs
 from twin.entanglement import damping, node_channel, play_pair, prepared_node, store_pair, through
 from twin.memory import MovingAverage
+from twin.memory_inputs import CROSSED, OWN
 from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, run, sine_input
 from twin.qubit_pairs import (
     both_or_none,
@@ -28,7 +29,6 @@ from twin.qubit_pairs import (
     x_concurrence,
 )
 from twin.slow_noise import SlowNoise
-from twin.wiring import CROSSED, OWN
 
 IDEAL = PhotonicMemristor(memory=MovingAverage(10.0))
 SIGMA_S = 20e-6
@@ -160,13 +160,13 @@ def test_a_noisy_interferometer_shows_the_average_of_its_channels():
     assert np.all(np.asarray(channel.residual) < 1e-12)
 
 
-@pytest.mark.parametrize("wiring", [OWN, CROSSED])
-def test_pairs_with_one_excitation(wiring):
-    """C_out = C_in sqrt((1-R_A)(1-R_B)); the inputs of the nodes add to one, so both wirings do the same to it."""
+@pytest.mark.parametrize("memory_inputs", [OWN, CROSSED])
+def test_pairs_with_one_excitation(memory_inputs):
+    """C_out = C_in sqrt((1-R_A)(1-R_B)); the inputs of the nodes add to one, so own and crossed memories agree."""
     x = X
-    trace = play_pair((IDEAL, IDEAL), one_excitation(x, 0.4), wiring=wiring)
+    trace = play_pair((IDEAL, IDEAL), one_excitation(x, 0.4), memory_inputs=memory_inputs)
     r = np.stack([IDEAL.memory.filter(a) for a in (x, 1 - x)])
-    np.testing.assert_allclose(trace.r, r if wiring is OWN else r[::-1], atol=1e-12)
+    np.testing.assert_allclose(trace.r, r if memory_inputs is OWN else r[::-1], atol=1e-12)
     left = np.sqrt((1 - r[0]) * (1 - r[1]))
     np.testing.assert_allclose(trace.concurrence_out, 2 * np.sqrt(x * (1 - x)) * left, atol=1e-12)
     np.testing.assert_allclose(trace.concurrence_out, trace.concurrence_in * left, atol=1e-12)
@@ -214,7 +214,7 @@ def test_area_of_the_concurrence_loop():
 def test_a_stored_pair():
     """The same pair again and again, against the recursion of populations and coherence in plain numbers."""
     nodes = (IDEAL, dataclasses.replace(IDEAL, memory=MovingAverage(2.5)))
-    trace = store_pair(nodes, one_excitation(0.3), 12, wiring=CROSSED)
+    trace = store_pair(nodes, one_excitation(0.3), 12, memory_inputs=CROSSED)
     x_a, x_b, coherence, history = 0.3, 0.7, 2 * np.sqrt(0.21), []
     for k in range(12):
         # A averages ten earlier inputs of B, B two and a half of A; 1/2 before the first.
@@ -404,10 +404,10 @@ def test_gradient_through_the_dynamics_of_an_ion():
 
 def test_refusals():
     states = one_excitation(jnp.full(3, 0.5))
-    with pytest.raises(ValueError, match=r"`wiring` must be 2 by 2"):
-        play_pair((IDEAL, IDEAL), states, wiring=(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"`memory_inputs` must be 2 by 2"):
+        play_pair((IDEAL, IDEAL), states, memory_inputs=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"divide each row by its sum"):
-        play_pair((IDEAL, IDEAL), states, wiring=((1.0, 1.0), (0.0, 1.0)))
+        play_pair((IDEAL, IDEAL), states, memory_inputs=((1.0, 1.0), (0.0, 1.0)))
     with pytest.raises(ValueError, match=r"\(4, 4, cycles, \*batch\)"):
         play_pair((IDEAL, IDEAL), one_excitation(0.5))
     with pytest.raises(ValueError, match=r"`source` must be one of"):

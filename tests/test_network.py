@@ -31,7 +31,7 @@ def network(edges, device=None, **more):
 
 def by_hand(edges, loss=0.0):
     """Photonic nodes with exponential memory, cycle by cycle and edge by edge, inputs in order of the nodes."""
-    w = edges.wiring
+    w = edges.topology
     x_set, r, y = (np.zeros((STEPS, N)) for _ in range(3))
     state = np.full(N, 0.5)
     for k in range(STEPS):
@@ -75,7 +75,7 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_network_does_what_its_edges_say(name):
     edges = GRAPHS[name]
-    forms = ("scan",) if edges.wiring.order is None else ("scan", "parallel")
+    forms = ("scan",) if edges.topology.order is None else ("scan", "parallel")
     assert len(forms) == (1 if name in ("ring", "ring of delay 3", "all to all", "own outputs", "everything") else 2)
     for form in forms:
         trace = play(network(edges), U, form=form)
@@ -137,7 +137,7 @@ def test_a_bad_node_spoils_only_what_it_reaches():
         assert np.all(trace.valid[0])
         assert np.array_equal(np.asarray(trace.valid[1]), np.arange(N) != 1)
         assert np.isnan(trace.y[1, 1])
-        reached = edges.wiring.target[edges.wiring.source == 1].tolist()
+        reached = edges.topology.target[edges.topology.source == 1].tolist()
         assert np.array_equal(np.asarray(trace.valid[2]), [i not in (1, *reached) for i in range(N)])
 
 
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_finite_differences():
             ),
         )
         made = Network(
-            devices, Graph(edges.wiring, edges.weight * v["edge"]), Encoding(v["w_in"] * jnp.ones((n, 1)), 0.2)
+            devices, Graph(edges.topology, edges.weight * v["edge"]), Encoding(v["w_in"] * jnp.ones((n, 1)), 0.2)
         )
         return jnp.sum(weights * play(made, u, keep=("y",)).y)
 
@@ -300,7 +300,7 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
 def test_checkpoints_change_no_number():
     edges = graph.ring(N, 0.3)
     loss = lambda w, every: jnp.sum(
-        play(network(Graph(edges.wiring, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
+        play(network(Graph(edges.topology, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
     )
     plain, stored = (jax.value_and_grad(loss)(0.9, every) for every in (None, 7))
     np.testing.assert_allclose(stored, plain, rtol=1e-13)

@@ -44,10 +44,10 @@ class Coupling(eqx.Module):
 
 def couplings(graph: Graph) -> tuple[Coupling, ...]:
     """One coupling for each sort of edge of the graph."""
-    wiring, made = graph.wiring, []
-    n = wiring.nodes
-    for kind, of, delay, places in wiring.classes:
-        source, target, weight = wiring.source[places], wiring.target[places], graph.weight[places]
+    topology, made = graph.topology, []
+    n = topology.nodes
+    for kind, of, delay, places in topology.classes:
+        source, target, weight = topology.source[places], topology.target[places], graph.weight[places]
         if places.size > _DENSE * n**2 and n > 2:
             matrix = jnp.zeros((n, n)).at[target, source].add(weight)
             reached = np.zeros((n, n))

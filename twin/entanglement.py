@@ -25,8 +25,8 @@ from twin import qubit_pairs
 from twin.batching import real_array
 from twin.closed_form import flat_root
 from twin.loop import SOURCES, AbstractMemristor, Responder, Response, Settings
+from twin.memory_inputs import OWN, checked_memory_inputs, into_memories
 from twin.qubit_pairs import Correlations
-from twin.wiring import OWN, into_memories, wiring_weights
 
 # Inputs by which a node shows its channel: nothing, everything, and an even superposition.
 _PROBES = (0.0, 1.0, 0.5)
@@ -191,27 +191,30 @@ class PairTrace(eqx.Module):
     valid: Bool[Array, "cycles ..."]
 
 
-def play_pair(nodes: tuple[AbstractMemristor, AbstractMemristor], states: Correlations, *, wiring=OWN) -> PairTrace:
+def play_pair(
+    nodes: tuple[AbstractMemristor, AbstractMemristor], states: Correlations, *, memory_inputs=OWN
+) -> PairTrace:
     """A new pair in each cycle through two nodes, whose memories average the populations that they were fed.
 
     Args:
         nodes: A and B, of either platform each. Their `source` says what enters a memory: "measured", the probability
             that the reduced input would be assigned to s; "model" and "command", its population.
         states: the pair of each cycle, shape (4, 4, cycles, *batch): see `twin.qubit_pairs`.
-        wiring: `OWN`, `CROSSED` (each memory averages what the other node was fed), or weights.
+        memory_inputs: `OWN`, `CROSSED` (each memory averages what the other node was fed), or weights.
 
     Returns:
         A `PairTrace`.
 
     Raises:
-        ValueError: states of another shape, a bad wiring, an unknown source, or an ion with `slow_noise`.
+        ValueError: states of another shape, `memory_inputs` that are no averages, an unknown source, or an ion with
+            `slow_noise`.
 
     Example:
         >>> nodes = (PhotonicMemristor(memory=MovingAverage(10.0)),) * 2
         >>> trace = play_pair(nodes, one_excitation(sine_input(periods=3, cycles_per_period=40)))
     """
     _check(nodes, states, 3)
-    weights = wiring_weights(wiring)
+    weights = checked_memory_inputs(memory_inputs)
     prepared = tuple(prepared_node(node, states.shape[2]) for node in nodes)
     return _play_pair(prepared, states, weights)
 
@@ -225,7 +228,7 @@ def _play_pair(nodes, states, weights) -> PairTrace:
 
 
 def store_pair(
-    nodes: tuple[AbstractMemristor, AbstractMemristor], state: Correlations, cycles: int, *, wiring=OWN
+    nodes: tuple[AbstractMemristor, AbstractMemristor], state: Correlations, cycles: int, *, memory_inputs=OWN
 ) -> PairTrace:
     """One pair that passes the nodes again and again, each cycle's output the next cycle's input.
 
@@ -235,7 +238,7 @@ def store_pair(
         A `PairTrace` whose `state_in` of a cycle is `state_out` of the one before.
     """
     _check(nodes, state, 2)
-    weights = wiring_weights(wiring)
+    weights = checked_memory_inputs(memory_inputs)
     # The buffer's length is static, so the memories start outside jit, where a known window is known.
     memories = tuple(node.memory.init(state.shape[2:]) for node in nodes)
     return _store_pair(tuple(prepared_node(node, 1) for node in nodes), memories, state, cycles, weights)

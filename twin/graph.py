@@ -18,7 +18,7 @@ KINDS = ("input", "memory")
 SENT = ("x", "y")
 
 
-class Wiring:
+class Topology:
     """Where edges lead: fixed when a program is compiled, compared by content.
 
     Attributes:
@@ -40,10 +40,10 @@ class Wiring:
         return self._hash
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Wiring) and (self is other or self._content == other._content)
+        return isinstance(other, Topology) and (self is other or self._content == other._content)
 
     def __repr__(self) -> str:
-        return f"Wiring({self.nodes} nodes, {self.source.size} edges)"
+        return f"Topology({self.nodes} nodes, {self.source.size} edges)"
 
     @functools.cached_property
     def classes(self) -> tuple[tuple[str, str, int, np.ndarray], ...]:
@@ -106,11 +106,11 @@ class Graph(eqx.Module):
     """Edges between nodes; make it with `Graph.of` or a helper, and add graphs to join their edges.
 
     Attributes:
-        wiring: where the edges lead.
+        topology: where the edges lead.
         weight: shape (edges,).
     """
 
-    wiring: Wiring = eqx.field(static=True)
+    topology: Topology = eqx.field(static=True)
     weight: Float[Array, " edges"] = physical(None)
 
     @classmethod
@@ -154,29 +154,29 @@ class Graph(eqx.Module):
                     f"this graph has {nodes} nodes."
                 )
         like = np.ones(source.shape, int)
-        wiring = Wiring(nodes, source, target, delays, KINDS.index(kind) * like, SENT.index(of) * like)
-        _ = wiring.step_ranks  # refuses circles
+        topology = Topology(nodes, source, target, delays, KINDS.index(kind) * like, SENT.index(of) * like)
+        _ = topology.step_ranks  # refuses circles
         weight = real_array(weight)
         if weight.shape not in ((), source.shape):
             raise ValueError(
                 f"`weight` must be one number or one for each of {source.size} edges, but has shape {weight.shape}."
             )
-        return cls(wiring, jnp.broadcast_to(weight, source.shape))
+        return cls(topology, jnp.broadcast_to(weight, source.shape))
 
     def __add__(self, other: "Graph") -> "Graph":
         """The edges of both."""
-        a, b = self.wiring, other.wiring
+        a, b = self.topology, other.topology
         if a.nodes != b.nodes:
             raise ValueError(f"graphs with {a.nodes} and {b.nodes} nodes cannot be joined; give both the same `nodes`.")
         fields = ("source", "target", "delay_cycles", "kind", "of")
-        wiring = Wiring(a.nodes, *(np.concatenate([getattr(a, f), getattr(b, f)]) for f in fields))
-        _ = wiring.step_ranks
-        return Graph(wiring, jnp.concatenate([self.weight, other.weight]))
+        topology = Topology(a.nodes, *(np.concatenate([getattr(a, f), getattr(b, f)]) for f in fields))
+        _ = topology.step_ranks
+        return Graph(topology, jnp.concatenate([self.weight, other.weight]))
 
     @property
     def nodes(self) -> int:
         """Number of nodes."""
-        return self.wiring.nodes
+        return self.topology.nodes
 
 
 def uncoupled(nodes: int) -> Graph:

@@ -222,7 +222,7 @@ def play(
     unknown = [name for name in keep if name not in FIELDS]
     if unknown:
         raise ValueError(f"`keep` may name {FIELDS}, but has {unknown[0]!r}.")
-    order = network.graph.wiring.order
+    order = network.graph.topology.order
     if form == "parallel" and order is None:
         raise ValueError("outputs come back in this graph, so that cycles must follow each other; use form 'scan'.")
     inputs = real_array(inputs)
@@ -295,10 +295,10 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
-    n, wiring = network.graph.nodes, network.graph.wiring
+    n, topology = network.graph.nodes, network.graph.topology
     edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
-    ranks = wiring.step_ranks
+    ranks = topology.step_ranks
 
     def buffer(kind: str, of: str) -> Array:
         longest = max((e.delay_cycles for e in edges if (e.kind, e.of) == (kind, of)), default=0)
@@ -327,7 +327,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
         if to_memory:
             at = lambda e: sent[e.of] if e.delay_cycles == 0 else past["memory", e.of][e.delay_cycles - 1]
             total = sum(edge(at(edge)) for edge in to_memory)
-            fed = jnp.where(wiring.remembers_others, within_rounding(total, _ROUNDING), fed)
+            fed = jnp.where(topology.remembers_others, within_rounding(total, _ROUNDING), fed)
         states = tuple(
             d.memory.update(s, m) for d, s, m in zip(network.nodes, states, _split(fed, network), strict=True)
         )
@@ -356,14 +356,14 @@ def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
 
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
-    wiring = network.graph.wiring
+    topology = network.graph.topology
     edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]
     keys = None if key is None else jax.random.split(key, steps)
-    assert wiring.order is not None
-    rank_x, rank_y = wiring.order
+    assert topology.order is not None
+    rank_x, rank_y = topology.order
     board = _Board(network, (steps,))
 
     def later(edge: Coupling, before: float) -> Array:
@@ -380,7 +380,7 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
             fed = board.all("sent_x")
             if to_memory:
                 total = within_rounding(sum(later(e, HISTORY) for e in to_memory), _ROUNDING)
-                fed = jnp.where(wiring.remembers_others, total, fed)
+                fed = jnp.where(topology.remembers_others, total, fed)
             held = [d.memory.filter(m) for d, m in zip(network.nodes, _split(fed, network), strict=True)]
             r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
             _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)

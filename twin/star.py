@@ -40,10 +40,10 @@ from twin.grid import plan_steps
 from twin.ion import YB171
 from twin.levels import Decay, Dephasing, LevelSystem, LightShift
 from twin.memory import AbstractMemory
+from twin.memory_inputs import OWN, checked_memory_inputs, into_memories
 from twin.methods import ClosedForm, StaticGrid
 from twin.pulses import Gaussian
 from twin.readout import assignment_probability, sample_counts
-from twin.wiring import OWN, into_memories, wiring_weights
 
 SUBLEVELS = (-2, -1, 0, 1, 2)
 LEVELS = ("s", *(f"{m:+d}" if m else "0" for m in SUBLEVELS), "l")
@@ -63,7 +63,8 @@ class Star(eqx.Module):
         memories: of A and B.
         sublevels_a, sublevels_b: m_F of (v, m) of each memristor, four different numbers from -2 to 2.
         cascade: whether B works on what A leaves; else the ion is prepared anew in between.
-        wiring: whose inputs each memory averages: `OWN`, `CROSSED` of `twin.wiring`, or weights (memory, input).
+        memory_inputs: whose inputs each memory averages: `OWN`, `CROSSED` of `twin.memory_inputs`, or weights, shape
+            (memory, input).
         source: "measured" (what the readout assigns to s, the leak included) or "model" (population of s).
         method: `StaticGrid()`, or `ClosedForm()`: pulses apart and resonant, nothing decays.
         rabi_scales: actual over nominal Rabi frequency of each pulse, shape (4, *batch), order A1, A2, B1, B2.
@@ -87,7 +88,9 @@ class Star(eqx.Module):
     sublevels_a: tuple[int, int] = eqx.field(static=True, default=(-1, 1))
     sublevels_b: tuple[int, int] = eqx.field(static=True, default=(-2, 2))
     cascade: bool = eqx.field(static=True, default=True)
-    wiring: Float[Array, "2 2"] = eqx.field(converter=wiring_weights, metadata={"leading": None}, default=OWN)
+    memory_inputs: Float[Array, "2 2"] = eqx.field(
+        converter=checked_memory_inputs, metadata={"leading": None}, default=OWN
+    )
     source: str = eqx.field(static=True, default="measured")
     method: StaticGrid | ClosedForm = eqx.field(default_factory=StaticGrid)
     rabi_scales: Float[Array, "4 ..."] = physical(1, default=(1.0, 1.0, 1.0, 1.0))
@@ -315,7 +318,7 @@ def run_star(star: Star, x_set, *, shots=None, key: PRNGKeyArray | None = None) 
             `prepared()`.
 
     Example:
-        >>> star = Star(memories=(MovingAverage(10.0), MovingAverage(10.0)), wiring=CROSSED)
+        >>> star = Star(memories=(MovingAverage(10.0), MovingAverage(10.0)), memory_inputs=CROSSED)
         >>> u = sine_input(periods=2, cycles_per_period=40)
         >>> loop = run_star(star, jnp.stack([u, u]))
     """
@@ -358,7 +361,7 @@ def _run_star(star: Star, memories, x_set, shots, key) -> StarLoop:
             fed = p[::2] if counts is None else counts[::2] / shots
         # Rounding of the solver, and nothing larger, is taken off.
         fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed))
-        into = into_memories(star.wiring, fed)
+        into = into_memories(star.memory_inputs, fed)
         memories = tuple(
             m.update(state, into[k]) for k, (m, state) in enumerate(zip(star.memories, memories, strict=True))
         )
