@@ -251,7 +251,7 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: Network((photonic(),), graph.ring(N), Encoding(np.ones(N))), "one row for each of 5 nodes and one"),
         (lambda: Network((photonic(),), graph.ring(N), Encoding(W_IN, np.ones(2))), "but has \\(2,\\)"),
         (lambda: Network((photonic(),), graph.ring(N), Encoding(W_IN, np.ones((N, 1)))), "`bias` must be one number"),
-        (lambda: Network((photonic(),), graph.ring(N), sizes=(2, 3)), "one number for each of 1 devices"),
+        (lambda: Network((photonic(),), graph.ring(N), nodes_per_device=(2, 3)), "one number for each of 1 devices"),
         (lambda: network(graph.ring(N), photonic(source="guess")), "`source` must be one of"),
         (lambda: play(network(graph.ring(N)), U[:, :1]), "`inputs` must have shape"),
         (lambda: play(Network((photonic(),), graph.ring(N)), U), "give the network an `encoding`"),
@@ -279,10 +279,10 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
     spread = np.linspace(0.97, 1.02, N) if lanes == N else 0.98
     device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
                           readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
-    made = network(graph.uncoupled(N), device, sizes=(N,))
+    made = network(graph.uncoupled(N), device, nodes_per_device=(N,))
     solved = made.tabulated()
     trace = play(solved, U, form="scan")
-    (ion,) = made.prepared().nodes
+    (ion,) = made.prepared().devices
 
     @jax.jit
     def both(x, r):

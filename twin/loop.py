@@ -140,6 +140,11 @@ class AbstractMemristor(eqx.Module):
         """Whether devices along the batch axes influence each other, so that a batch must not be cut."""
         return False
 
+    @property
+    def lanes(self) -> int:
+        """Number of devices side by side, over all batch axes."""
+        return math.prod(batch_shape(self))
+
     @abc.abstractmethod
     def prepared(self, x_set, settings: Settings) -> "AbstractMemristor":
         """The device with everything decided that must be decided from values (method, grid); traced values pass."""

@@ -10,7 +10,6 @@ that it depends on. Before the first cycle outputs that input edges carry are 0,
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -54,34 +53,46 @@ class Network(eqx.Module):
     """Memristors, and the edges between them.
 
     Args:
-        nodes: devices; each stands for as many nodes as its parameters have lanes, in this order. Platforms may be
-            mixed.
+        devices: each stands for as many nodes as its parameters have lanes, in this order. Platforms may be mixed.
         graph: edges between all the nodes.
         encoding: None for inputs that are commands already, one channel a node.
-        sizes: nodes of each device, where its parameters do not say; without it one device alone stands for all.
+        nodes_per_device: where the parameters do not say; without it one device alone stands for all nodes.
 
     Raises:
-        ValueError: parameters that do not fit the sizes, sizes that do not add up to the nodes of the graph, an
-            encoding of another shape, an unknown memory source.
+        ValueError: parameters that do not fit `nodes_per_device`, numbers that do not add up to the nodes of the graph,
+            an encoding of another shape, an unknown memory source.
     """
 
-    nodes: tuple[AbstractMemristor, ...]
+    devices: tuple[AbstractMemristor, ...]
     graph: Graph
-    encoding: Encoding | None = None
-    sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    encoding: Encoding | None
+    nodes_per_device: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        devices: tuple[AbstractMemristor, ...],
+        graph: Graph,
+        encoding: Encoding | None = None,
+        nodes_per_device: tuple[int, ...] | None = None,
+    ):
+        if nodes_per_device is None:
+            lanes = tuple(device.lanes for device in devices)
+            nodes_per_device = (graph.nodes,) if lanes == (1,) else lanes
+        self.devices, self.graph, self.encoding, self.nodes_per_device = devices, graph, encoding, nodes_per_device
 
     def __check_init__(self):
         total = self.graph.nodes
-        if len(self.counts) != len(self.nodes):
+        if len(self.nodes_per_device) != len(self.devices):
             raise ValueError(
-                f"`sizes` must have one number for each of {len(self.nodes)} devices, but is {self.sizes}."
+                f"`nodes_per_device` must have one number for each of {len(self.devices)} devices, "
+                f"but is {self.nodes_per_device}."
             )
-        if sum(self.counts) != total:
+        if sum(self.nodes_per_device) != total:
             raise ValueError(
-                f"the devices stand for {self.counts} nodes, but the graph has {total}; "
-                "give `sizes`, or parameters of that many lanes."
+                f"the devices stand for {self.nodes_per_device} nodes, but the graph has {total}; "
+                "give `nodes_per_device`, or parameters of that many lanes."
             )
-        for device, count in zip(self.nodes, self.counts, strict=True):
+        for device, count in zip(self.devices, self.nodes_per_device, strict=True):
             shape = batch_shape(device)
             if shape not in ((), (1,), (count,)):
                 raise ValueError(
@@ -100,20 +111,10 @@ class Network(eqx.Module):
                 raise ValueError(f"the encoding's `bias` must be one number or have shape ({total},), but has {b}.")
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of nodes of each device."""
-        if self.sizes is not None:
-            return self.sizes
-        lanes = [getattr(d, "count", None) or math.prod(batch_shape(d)) for d in self.nodes]
-        if len(lanes) == 1 and lanes[0] == 1:
-            return (self.graph.nodes,)
-        return tuple(lanes)
-
-    @property
     def groups(self) -> tuple[slice, ...]:
         """Places of the nodes of each device among all of them."""
-        ends = np.cumsum(self.counts)
-        return tuple(slice(int(e) - c, int(e)) for e, c in zip(ends, self.counts, strict=True))
+        ends = np.cumsum(self.nodes_per_device)
+        return tuple(slice(int(e) - c, int(e)) for e, c in zip(ends, self.nodes_per_device, strict=True))
 
     def commands(self, inputs: Float[Array, "steps channels"]) -> Float[Array, "steps nodes"]:
         """What inputs alone command, before edges add to it."""
@@ -135,7 +136,7 @@ class Network(eqx.Module):
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         # Known values stay known where the caller differentiates or compiles something else.
         with jax.ensure_compile_time_eval():
-            return self._with(tuple(prepared(device) for device in self.nodes))
+            return self._with(tuple(prepared(device) for device in self.devices))
 
     def tabulated(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
@@ -145,12 +146,12 @@ class Network(eqx.Module):
         """
         laid = self.prepared()
         with jax.ensure_compile_time_eval():
-            known = (has_series(d) and not is_traced(d) for d in laid.nodes)
-            return self._with(tuple(tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True)))
+            known = (has_series(d) and not is_traced(d) for d in laid.devices)
+            return self._with(tuple(tabulated(d) if k else d for d, k in zip(laid.devices, known, strict=True)))
 
-    def _with(self, nodes: tuple[AbstractMemristor, ...]) -> "Network":
-        same = all(new is old for new, old in zip(nodes, self.nodes, strict=True))
-        return self if same else dataclasses.replace(self, nodes=nodes)
+    def _with(self, devices: tuple[AbstractMemristor, ...]) -> "Network":
+        same = all(new is old for new, old in zip(devices, self.devices, strict=True))
+        return self if same else dataclasses.replace(self, devices=devices)
 
 
 class Trace(eqx.Module):
@@ -234,7 +235,7 @@ def play(
     many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
     if form == "scan" or order is None or (form == "auto" and many):
         # The length of a buffer is static, so memories start outside jit, where a known window is known.
-        states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
+        states = tuple(d.memory.init((c,)) for d, c in zip(network.devices, network.nodes_per_device, strict=True))
         return _in_sequence(network, states, inputs, shots, key, keep, checkpoint_cycles)
     return _all_at_once(network, inputs, shots, key, keep)
 
@@ -243,7 +244,7 @@ class _Board:
     """Values of all nodes as they become known, device by device."""
 
     def __init__(self, network: Network, rows: tuple[int, ...]):
-        self.groups, self.shapes = network.groups, [(*rows, c) for c in network.counts]
+        self.groups, self.shapes = network.groups, [(*rows, c) for c in network.nodes_per_device]
         self.values: list[dict[str, Array]] = [{} for _ in self.groups]
 
     def put(self, group: int, here: np.ndarray, new: dict[str, Array]) -> None:
@@ -296,7 +297,7 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 @eqx.filter_jit
 def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
     n, topology = network.graph.nodes, network.graph.topology
-    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
+    edges, players = couplings(network.graph), [Player(device) for device in network.devices]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = topology.step_ranks
 
@@ -308,7 +309,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 
     def cycle(carry, now):
         (states, past), (drive, key) = carry, now
-        held = [d.memory.read(s) for d, s in zip(network.nodes, states, strict=True)]
+        held = [d.memory.read(s) for d, s in zip(network.devices, states, strict=True)]
         r = within_rounding(held[0] if len(held) == 1 else jnp.concatenate(held), _ROUNDING)
         for edge in to_input:
             if edge.delay_cycles > 0:
@@ -329,7 +330,7 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
             total = sum(edge(at(edge)) for edge in to_memory)
             fed = jnp.where(topology.remembers_others, within_rounding(total, _ROUNDING), fed)
         states = tuple(
-            d.memory.update(s, m) for d, s, m in zip(network.nodes, states, _split(fed, network), strict=True)
+            d.memory.update(s, m) for d, s, m in zip(network.devices, states, _split(fed, network), strict=True)
         )
         # The newest first; a buffer of no rows stays empty.
         past = {k: jnp.concatenate([sent[k[1]][None], rows])[: rows.shape[0]] for k, rows in past.items()}
@@ -357,7 +358,7 @@ def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
     topology = network.graph.topology
-    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
+    edges, players = couplings(network.graph), [Player(device) for device in network.devices]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]
@@ -381,7 +382,7 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
             if to_memory:
                 total = within_rounding(sum(later(e, HISTORY) for e in to_memory), _ROUNDING)
                 fed = jnp.where(topology.remembers_others, total, fed)
-            held = [d.memory.filter(m) for d, m in zip(network.nodes, _split(fed, network), strict=True)]
+            held = [d.memory.filter(m) for d, m in zip(network.devices, _split(fed, network), strict=True)]
             r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
             _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)
     return _trace({name: board.all(name) for name in _asked(keep, shots)}, keep)

@@ -69,7 +69,7 @@ def timed(case: Case, quick: bool) -> dict[str, float]:
     steps = max(100, case.steps // 20) if quick else case.steps
     rng = np.random.default_rng(0)
     encoding = Encoding(rng.uniform(0.1, 0.6, (case.nodes, 1)), 0.05)
-    made = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, sizes=(case.nodes,))
+    made = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, nodes_per_device=(case.nodes,))
     solve_s = []
     for _ in range(2):  # with its compilation, and without
         start = time.perf_counter()
