@@ -1,7 +1,7 @@
 """Control designed on one device, moved by the dictionary and run on another, with shot noise and faults on both sides.
 
 A study draws pairs of devices, source and target, from boxes, one pair a seed, and calibrates both from simulated
-counts. Each kind of control is then designed on six beliefs and run on real devices:
+counts. Each kind of control is then designed in six ways, by what it is designed on, and run on real devices:
 
     image         the source itself, known exactly, on what the dictionary makes of it: what the dictionary leaves out
     home          the calibrated source, on the source itself
@@ -46,8 +46,8 @@ from twin.planning import emulated, planned
 from twin.readout import sample_counts
 from twin.transfer import to_ion, to_photonic, with_values
 
-WHAT = ("command_map", "feedback", "reservoir")
-BELIEFS = ("image", "home", "moved", "data sheet", "recalibrated", "native")
+CONTROLS = ("command_map", "feedback", "reservoir")
+DESIGNED_ON = ("image", "home", "moved", "data sheet", "recalibrated", "native")
 # Angles go beyond full command where a device is too weak: its own pi lies within this factor.
 _ROOM, _EMULATION_ERROR = 1.05, 1e-6
 # Draws of which the first within the boxes is taken, and the share of them that must be.
@@ -339,10 +339,10 @@ def pairs(source: Side, target: Side, keys: Key[Array, " seeds"]) -> Pairs:
 
 def losses(
     source: Side, target: Side, drawn: Pairs, asked: Task, what: str, keys: Key[Array, " seeds"]
-) -> Float[Array, "seeds beliefs"]:
-    """Loss of one kind of control under each of `BELIEFS`, a seed a row; NaN where a device could not be played."""
-    if what not in WHAT:
-        raise ValueError(f"`what` must be one of {WHAT}, but is {what!r}.")
+) -> Float[Array, "seeds designs"]:
+    """Loss of one kind of control under each of `DESIGNED_ON`, a seed a row; NaN where a device could not be played."""
+    if what not in CONTROLS:
+        raise ValueError(f"`what` must be one of {CONTROLS}, but is {what!r}.")
     middle = jnp.broadcast_to(0.5 * (target.low + target.high), drawn.target.shape)
     known = jnp.stack([middle, drawn.target_found, drawn.target])
     if what != "reservoir":
@@ -372,11 +372,11 @@ def _many(side: Side, values: Float[Array, "seeds names"], like: AbstractMemrist
 @eqx.filter_jit
 def _obeyed(
     source: Side, target: Side, drawn: Pairs, known: Float[Array, "3 seeds names"], asked: Task, what: str, keys
-) -> Float[Array, "seeds beliefs"]:
+) -> Float[Array, "seeds designs"]:
     """Losses of command maps or feedback laws; `known` is what is believed of the target without a source."""
 
-    def loss(belief, real, key):
-        return map_loss(belief, real, asked.points) if what == "command_map" else law_loss(belief, real, asked, key)
+    def loss(believed, real, key):
+        return map_loss(believed, real, asked.points) if what == "command_map" else law_loss(believed, real, asked, key)
 
     def one(given):
         (a, a_found, b, _), known, key = given

@@ -15,8 +15,8 @@ import xarray as xr
 from calibration.data import LoopTable
 from calibration.parameters import unit_of
 from calibration.transfer_of_control import (
-    BELIEFS,
-    WHAT,
+    CONTROLS,
+    DESIGNED_ON,
     Interval,
     Side,
     image,
@@ -38,9 +38,18 @@ from twin.loop import AbstractMemristor, sine_input
 from twin.loop import run as played
 from twin.memristor import ClosedForm, IonMemristor, Lindblad
 from twin.photonic import PhotonicMemristor
-from twin.remainder import between, remainder
+from twin.remainder import population_gap, remainder
 from twin.slow_noise import SlowNoise
-from twin.transfer import ION_NAMES, PHOTONIC_NAMES, carried, jacobian, jacobian_to_ion, to_ion, to_photonic, values_of
+from twin.transfer import (
+    ION_NAMES,
+    PHOTONIC_NAMES,
+    jacobian_to_ion,
+    jacobian_to_photonic,
+    propagated_covariance,
+    to_ion,
+    to_photonic,
+    values_of,
+)
 
 _EXACT = ("efficiency", "dark_counts", "readout_error_bright", "readout_error_dark", "window_cycles")
 _SCALES = ("phase_scale_1", "phase_scale_2", "rabi_scale_1", "rabi_scale_2")
@@ -97,7 +106,7 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
         result["remainder"] = _remainder(whole)
         columns |= _loops(whole, wanted)
         notes += _left_out(result["remainder"])
-    control = [what for what in WHAT if what in wanted.what]
+    control = [what for what in CONTROLS if what in wanted.what]
     if control:
         table = _settings(config, wanted)
         out.log(f"{wanted.seeds} pairs of devices, {wanted.shots} shots")
@@ -117,10 +126,10 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
                 raise RuntimeError(f"{bad} of {len(every)} pairs of devices could not be played under the {what}; "
                                    "narrow the ranges of transfer.source and transfer.target.")  # fmt: skip
             result["losses"][what] = _LOSSES[what]
-            result["control"][what] = {name: _plain(interval(every[:, k])) for k, name in enumerate(BELIEFS)}
-            columns[f"loss_{what}"] = (("seed", "belief"), every)
+            result["control"][what] = {name: _plain(interval(every[:, k])) for k, name in enumerate(DESIGNED_ON)}
+            columns[f"loss_{what}"] = (("seed", "designed_on"), every)
             notes.append(_lost(what, every))
-        columns["belief"] = ("belief", np.array(BELIEFS, object))
+        columns["designed_on"] = ("designed_on", np.array(DESIGNED_ON, object))
         result["ideal"] = _ideal(device, wanted)
         notes.append(f"Between ideal devices the command map is moved to {result['ideal']:.1g}.")
     result |= {
@@ -142,10 +151,9 @@ def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -
     values, spread = np.asarray(values_of(there, to)), None
     if covariance is not None:
         # What the fit freed but a device does not have, such as a noise parameter, moves nothing.
-        derivatives = (
-            jacobian(device, names, to) if isinstance(device, IonMemristor) else jacobian_to_ion(device, names, to)
-        )
-        spread = np.sqrt(np.maximum(np.diag(np.asarray(carried(derivatives, covariance))), 0.0))
+        jacobian = jacobian_to_photonic if isinstance(device, IonMemristor) else jacobian_to_ion
+        derivatives = jacobian(device, names, to)
+        spread = np.sqrt(np.maximum(np.diag(np.asarray(propagated_covariance(derivatives, covariance))), 0.0))
     rows = []
     for k, name in enumerate(to):
         std = None if spread is None or not np.isfinite(spread[k]) else float(spread[k])
@@ -164,14 +172,14 @@ def image_of(device: AbstractMemristor) -> AbstractMemristor:
 
 def _remainder(device: AbstractMemristor) -> dict[str, Any]:
     if not isinstance(device, IonMemristor):
-        total = between(device, image_of(device))
+        total = population_gap(device, image_of(device))
         return {"populations": {"all together": total._asdict()}, "without": {}, "states": {}}
     left = remainder(device)
-    gaps = {name: gap._asdict() for name, gap in left.alone.items()}
-    gaps |= {"all together": left.total._asdict(), "none of these": left.exact._asdict()}
+    gaps = {name: gap._asdict() for name, gap in left.with_only.items()}
+    gaps |= {"all together": left.total._asdict(), "none of these": left.baseline._asdict()}
     return {
         "populations": gaps,
-        "without": {name: gap._asdict() for name, gap in left.without.items()},
+        "without": {name: gap._asdict() for name, gap in left.with_all_but.items()},
         "states": {title: getattr(left, name) for name, title in _STATES.items()},
     }
 
@@ -247,7 +255,7 @@ def _plain(found: Interval) -> dict[str, Any]:
 
 def _lost(what: str, every: np.ndarray) -> str:
     """The price of the move and of not knowing, paired over seeds, in words."""
-    column = dict(zip(BELIEFS, every.T, strict=True))
+    column = dict(zip(DESIGNED_ON, every.T, strict=True))
     moved, again = (interval(column[name] - column["native"]) for name in ("moved", "recalibrated"))
     name = what.replace("_", " ").capitalize()
     return (

@@ -66,9 +66,9 @@ def losses(result: Mapping[str, Any], columns: Columns) -> Figure:
 
     Args:
         result: for means and intervals.
-        columns: `belief`, and `loss_WHAT` of shape (seeds, beliefs).
+        columns: `designed_on`, and `loss_CONTROL` of shape (seeds, designed_on).
     """
-    names = [str(name) for name in columns["belief"]]
+    names = [str(name) for name in columns["designed_on"]]
     control = result["control"]
     figure, axes = figure_of(len(control), 3.3, 3.9)
     for ax, (what, means) in zip(axes, control.items(), strict=True):

@@ -9,7 +9,7 @@ from tables import settings
 
 from calibration.angles import angles_for, read, signal_of, unread
 from calibration.transfer_of_control import (
-    BELIEFS,
+    DESIGNED_ON,
     features,
     image,
     interval,
@@ -202,8 +202,8 @@ def test_calibrations_find_the_devices(study):
 
 def test_recalibration_recovers_what_the_move_loses(study):
     found = np.asarray(losses(*study[:3], ASKED, "command_map", study[3]))
-    assert found.shape == (20, len(BELIEFS))
-    mean = dict(zip(BELIEFS, found.mean(axis=0), strict=True))
+    assert found.shape == (20, len(DESIGNED_ON))
+    mean = dict(zip(DESIGNED_ON, found.mean(axis=0), strict=True))
     # The source has nothing outside the exact block, so that its own image obeys.
     assert mean["image"] < 1e-10
     assert mean["native"] <= mean["recalibrated"] < 0.5 * mean["moved"]
@@ -212,7 +212,7 @@ def test_recalibration_recovers_what_the_move_loses(study):
 
 def test_a_law_pays_for_shot_noise_as_well(study):
     law = np.asarray(losses(*study[:3], ASKED, "feedback", study[3]))
-    mean = dict(zip(BELIEFS, law.mean(axis=0), strict=True))
+    mean = dict(zip(DESIGNED_ON, law.mean(axis=0), strict=True))
     assert mean["recalibrated"] < 0.5 * mean["moved"]
     # Counts of 400 shots move r by sqrt(x (1 - x)/(N n_w)), and y by x of that; 0.0044 for this loop.
     expected = np.sqrt(np.mean(np.asarray(ASKED.x) ** 2) * 0.125 / (400 * 5))

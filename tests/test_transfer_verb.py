@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibration.data import write_table
-from calibration.transfer_of_control import BELIEFS
+from calibration.transfer_of_control import DESIGNED_ON
 from experiments.cli import main
 from experiments.records import Run
 
@@ -100,9 +100,9 @@ def checked(run: Run, kinds: tuple[str, ...]) -> None:
     assert tuple(result["control"]) == kinds
     assert result["ideal"] < 1e-10
     for what, losses in result["control"].items():
-        assert tuple(losses) == BELIEFS
+        assert tuple(losses) == DESIGNED_ON
         every = arrays[f"loss_{what}"].values
-        assert every.shape == (4, len(BELIEFS))
+        assert every.shape == (4, len(DESIGNED_ON))
         for k, one in enumerate(losses.values()):
             assert one["mean"] == pytest.approx(every[:, k].mean())
             assert one["ci95"][0] <= one["mean"] <= one["ci95"][1]
