@@ -141,6 +141,11 @@ class AbstractMemristor(eqx.Module):
         return False
 
     @property
+    def unwrapped(self) -> "AbstractMemristor":
+        """The device inside, of one that is made of another: the ion of a register, for example."""
+        return self
+
+    @property
     def lanes(self) -> int:
         """Number of devices side by side, over all batch axes."""
         return math.prod(batch_shape(self))

@@ -123,6 +123,11 @@ class Register(AbstractMemristor):
         return True
 
     @property
+    def unwrapped(self) -> IonMemristor:
+        """The ion that all are made of."""
+        return self.ion
+
+    @property
     def lanes(self) -> int:
         """The ions, which may share all their parameters."""
         return self.count

@@ -168,7 +168,7 @@ class Star(eqx.Module):
         only_s = tuple(float(name == "s") for name in LEVELS)
         shifts = ()
         if self.beam is not None:
-            rows = zip(names, self.light_shifts_s(), strict=True)
+            rows = zip(names, self.common_level_shift_coefficients(), strict=True)
             shifts = tuple(LightShift(("s", name), only_s, coefficient) for name, coefficient in rows)
         return LevelSystem(
             LEVELS,
@@ -192,8 +192,12 @@ class Star(eqx.Module):
             )
         return rows
 
-    def light_shifts_s(self) -> Float[Array, "4 ..."]:
-        """Rise of s by the neighbouring lines of each pulse, rad/s for each (rad/s)^2 of its Rabi frequency."""
+    def common_level_shift_coefficients(self) -> Float[Array, "4 ..."]:
+        """Shift of s by the neighbouring lines during each pulse, over its squared Rabi frequency, s/rad.
+
+        Returns:
+            Shape (4, *batch).
+        """
         return jnp.stack([sum(ratio**2 / (4 * delta) for ratio, delta in row) for row in self._neighbours()])
 
     def off_resonant_transfer(self, area_rad=math.pi) -> Float[Array, "4 ..."]:

@@ -113,7 +113,7 @@ def neighbour_rows() -> list[dict]:
     for field in (1e-5, 5e-5, 1e-4, 5e-4):
         device = dataclasses.replace(base, field_tesla=jnp.asarray(field))
         seen = device.prepared().respond(x_set, r).populations[0]
-        phase = device.light_shifts_s() * np.pi**2 / (2 * np.sqrt(np.pi) * device.sigma_s)
+        phase = device.common_level_shift_coefficients() * np.pi**2 / (2 * np.sqrt(np.pi) * device.sigma_s)
         rows.append(
             {
                 "field (G)": f"{field * 1e4:g}",
