@@ -43,13 +43,13 @@ def by_hand(edges, loss=0.0):
                     x_set[k, i] += weight * y[k - d, s]
             y[k, i] = (1 - loss) * (1 - state[i]) * x_set[k, i]
         fed = x_set[k].copy()
-        for i in np.flatnonzero(w.remembers_others):
+        for i in np.flatnonzero(w.has_memory_edges):
             fed[i] = 0.0
-            for s, t, d, kind, of, weight in zip(
-                w.source, w.target, w.delay_cycles, w.kind, w.of, edges.weight, strict=True
+            for s, t, d, kind, carries, weight in zip(
+                w.source, w.target, w.delay_cycles, w.kind, w.carries, edges.weight, strict=True
             ):
                 if t == i and kind == 1:
-                    fed[i] += weight * ((x_set, y)[of][k - d, s] if k >= d else 0.5)
+                    fed[i] += weight * ((x_set, y)[carries][k - d, s] if k >= d else 0.5)
         state = state + (fed - state) / TAU
     return x_set, r, y
 
@@ -64,10 +64,10 @@ GRAPHS = {
     "cascade of delay 2": graph.cascade(N, 0.4, delay_cycles=2),
     "neighbours' memories": graph.shared_memory(N, 0.6, 0.2),
     "late memories": graph.ring(N, 0.7, kind="memory", delay_cycles=2),
-    "own outputs": graph.self_edges(N, 1.0, kind="memory", of="y"),
+    "own outputs": graph.self_edges(N, 1.0, kind="memory", carries="y"),
     "everything": graph.cascade(N, 0.2)
     + graph.random_sparse(N, 2, 0.1, seed=2, delay_cycles=2)
-    + graph.all_to_all(N, 0.2, kind="memory", of="y")
+    + graph.all_to_all(N, 0.2, kind="memory", carries="y")
     + graph.ring(N, 0.1, kind="memory", delay_cycles=1),
 }
 
@@ -105,7 +105,7 @@ def mixed(edges, **more):
 
 @pytest.mark.parametrize("shots", [None, pytest.param(200, marks=pytest.mark.slow)])
 def test_both_forms_agree_on_mixed_platforms(shots):
-    edges = graph.Graph.of(N, [0, 1], [3, 4], 0.3, delay_cycles=0) + graph.Graph.of(
+    edges = graph.Graph.from_edges(N, [0, 1], [3, 4], 0.3, delay_cycles=0) + graph.Graph.from_edges(
         N, [0, 1, 0], [2, 4, 3], 0.8, kind="memory", delay_cycles=1
     )
     key = None if shots is None else jax.random.key(7)
@@ -237,13 +237,13 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda: graph.cascade(3, 1.0) + Graph.of(3, 2, 0, delay_cycles=0), "must not close a circle"),
-        (lambda: Graph.of(3, 0, 3), "`target` must hold whole numbers from 0 to below 3, but has 3"),
-        (lambda: Graph.of(3, 0, 1, delay_cycles=-1), "`delay_cycles` must hold"),
-        (lambda: Graph.of(3, 0, 1, kind="feedback"), "`kind` must be one of"),
-        (lambda: Graph.of(3, [0, 1], [1, 2], [0.1, 0.2, 0.3]), "for each of 2 edges, but has shape \\(3,\\)"),
+        (lambda: graph.cascade(3, 1.0) + Graph.from_edges(3, 2, 0, delay_cycles=0), "form an algebraic loop"),
+        (lambda: Graph.from_edges(3, 0, 3), "`target` must hold whole numbers from 0 to below 3, but has 3"),
+        (lambda: Graph.from_edges(3, 0, 1, delay_cycles=-1), "`delay_cycles` must hold"),
+        (lambda: Graph.from_edges(3, 0, 1, kind="feedback"), "`kind` must be one of"),
+        (lambda: Graph.from_edges(3, [0, 1], [1, 2], [0.1, 0.2, 0.3]), "for each of 2 edges, but has shape \\(3,\\)"),
         (lambda: graph.ring(3, [0.1, 0.2]), "for each of 3 edges"),
-        (lambda: Graph.of(3, 0, 1, of="x"), "'y' for input edges"),
+        (lambda: Graph.from_edges(3, 0, 1, carries="x"), "'y' for input edges"),
         (lambda: graph.ring(3) + graph.ring(4), "cannot be joined"),
         (lambda: graph.random_sparse(3, 3, seed=0), "`degree` must be from 1 to 2"),
         (lambda: network(graph.ring(N + 1)), "the graph has 6"),
@@ -280,7 +280,7 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
     device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
                           readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
     made = network(graph.uncoupled(N), device, nodes_per_device=(N,))
-    solved = made.tabulated()
+    solved = made.solved()
     trace = play(solved, U, form="scan")
     (ion,) = made.prepared().devices
 

@@ -121,7 +121,7 @@ def test_an_output_of_its_own_memory_is_a_network_too():
     x = 1 - jnp.asarray(RUN.inputs[:60, None]) ** 2 * jnp.ones(2)
     tau = jnp.array([3.0, 5.0])
     network = Network(
-        (PhotonicMemristor(memory=Exponential(tau), source="model"),), self_edges(2, kind="memory", of="y")
+        (PhotonicMemristor(memory=Exponential(tau), source="model"),), self_edges(2, kind="memory", carries="y")
     )
     y = play(network, x).y
     np.testing.assert_allclose(y, own_output(tau, x)[:, 1], rtol=1e-13)

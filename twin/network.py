@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from twin.batching import batch_shape, check_values, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
-from twin.graph import Graph
+from twin.graph import CARRIED, Graph
 from twin.loop import SOURCES, AbstractMemristor, within_rounding
 from twin.memory import HISTORY
 from twin.node_series import has_series
-from twin.player import Player, prepared, tabulated
+from twin.player import Player, prepared, solved
 from twin.readout import sample_counts
 
 FORMS = ("auto", "scan", "parallel")
@@ -138,16 +138,16 @@ class Network(eqx.Module):
         with jax.ensure_compile_time_eval():
             return self._with(tuple(prepared(device) for device in self.devices))
 
-    def tabulated(self) -> "Network":
+    def solved(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
 
-        Ions that `node_series` can stand for become `Tabulated`; others, and traced ones, pass. Edges, encoding and
+        Ions that `node_series` can stand for become `SolvedIon`; others, and traced ones, pass. Edges, encoding and
         memories may change afterwards.
         """
         laid = self.prepared()
         with jax.ensure_compile_time_eval():
             known = (has_series(d) and not is_traced(d) for d in laid.devices)
-            return self._with(tuple(tabulated(d) if k else d for d, k in zip(laid.devices, known, strict=True)))
+            return self._with(tuple(solved(d) if k else d for d, k in zip(laid.devices, known, strict=True)))
 
     def _with(self, devices: tuple[AbstractMemristor, ...]) -> "Network":
         same = all(new is old for new, old in zip(devices, self.devices, strict=True))
@@ -229,7 +229,7 @@ def play(
     inputs = real_array(inputs)
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
-    network = network.tabulated()  # solved apart: a program of its own serves every graph and length
+    network = network.solved()  # apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
     many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
@@ -301,11 +301,11 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     ranks = topology.step_ranks
 
-    def buffer(kind: str, of: str) -> Array:
-        longest = max((e.delay_cycles for e in edges if (e.kind, e.of) == (kind, of)), default=0)
+    def buffer(kind: str, carries: str) -> Array:
+        longest = max((e.delay_cycles for e in edges if (e.kind, e.carries) == (kind, carries)), default=0)
         return jnp.full((longest, n), HISTORY if kind == "memory" else 0.0)
 
-    past = {(kind, of): buffer(kind, of) for kind, of in (("input", "y"), ("memory", "x"), ("memory", "y"))}
+    past = {group: buffer(*group) for group in (("input", "y"), ("memory", "x"), ("memory", "y"))}
 
     def cycle(carry, now):
         (states, past), (drive, key) = carry, now
@@ -323,12 +323,12 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
             x_set = within_rounding(x_set, _ROUNDING)
             _evaluate(board, players, ranks == rank, x_set, None, shots, key)
             _evaluate(board, players, ranks == rank, x_set, r, shots, key)
-        sent = {of: board.all(f"sent_{of}") for of in ("x", "y")}
+        sent = {output: board.all(f"sent_{output}") for output in CARRIED}
         fed = sent["x"]
         if to_memory:
-            at = lambda e: sent[e.of] if e.delay_cycles == 0 else past["memory", e.of][e.delay_cycles - 1]
+            at = lambda e: sent[e.carries] if e.delay_cycles == 0 else past["memory", e.carries][e.delay_cycles - 1]
             total = sum(edge(at(edge)) for edge in to_memory)
-            fed = jnp.where(topology.remembers_others, within_rounding(total, _ROUNDING), fed)
+            fed = jnp.where(topology.has_memory_edges, within_rounding(total, _ROUNDING), fed)
         states = tuple(
             d.memory.update(s, m) for d, s, m in zip(network.devices, states, _split(fed, network), strict=True)
         )
@@ -369,7 +369,7 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
 
     def later(edge: Coupling, before: float) -> Array:
         """What an edge brings in every cycle."""
-        sent = board.all(f"sent_{edge.of}")
+        sent = board.all(f"sent_{edge.carries}")
         delay = min(edge.delay_cycles, steps)
         return edge(jnp.concatenate([jnp.full((delay, sent.shape[1]), before), sent[: steps - delay]]))
 
@@ -381,7 +381,7 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
             fed = board.all("sent_x")
             if to_memory:
                 total = within_rounding(sum(later(e, HISTORY) for e in to_memory), _ROUNDING)
-                fed = jnp.where(topology.remembers_others, total, fed)
+                fed = jnp.where(topology.has_memory_edges, total, fed)
             held = [d.memory.filter(m) for d, m in zip(network.devices, _split(fed, network), strict=True)]
             r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
             _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)

@@ -1,7 +1,7 @@
 """How fast networks are played: the table of docs/networks.md.
 
 Run it with ``python -m experiments.studies.networks [--quick]``. A node-cycle is one cycle of one node. Compilation is
-timed apart: it is the first call less the second. So is the solution of the ions' dynamics (`Network.tabulated`).
+timed apart: it is the first call less the second. So is the solution of the ions' dynamics (`Network.solved`).
 """
 
 import argparse
@@ -73,7 +73,7 @@ def timed(case: Case, quick: bool) -> dict[str, float]:
     solve_s = []
     for _ in range(2):  # with its compilation, and without
         start = time.perf_counter()
-        network = jax.block_until_ready(made.tabulated())
+        network = jax.block_until_ready(made.solved())
         solve_s.append(time.perf_counter() - start)
     inputs = rng.uniform(0, 1, (steps, 1))
 
