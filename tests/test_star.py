@@ -1,4 +1,4 @@
-"""Two memristors on one ion: products of cosines, PHYSICS 3.4, QuTiP on seven levels, and all five lines at once."""
+"""Two memristors on one ion: products of cosines, crossed pairs, QuTiP on seven levels, and all five lines at once."""
 
 import dataclasses
 
@@ -69,7 +69,7 @@ def test_dynamics_of_separated_pulses_are_the_closed_form(cascade):
 
 
 def test_crossed_feedback_has_the_areas_of_two_crossed_memristors():
-    """PHYSICS 3.4, both inputs on one ion that is prepared anew: pi/8 S sin(lag - Phi), and S sin lag - sin Phi."""
+    """Both inputs on one ion that is prepared anew: pi/8 S sin(lag - Phi), and pi/8 (S sin lag - sin Phi)."""
     cycles, window, lead = 80, 24, 17
     star = dataclasses.replace(
         CLOSED,
@@ -289,11 +289,20 @@ def test_devices_side_by_side(shifted):
         np.testing.assert_allclose(loop.y[..., k], run_star(alone, X_SET).y, atol=1e-12)
 
 
-def test_bad_inputs_spoil_their_cycle_and_those_that_remember_it():
-    loop = run_star(CLOSED, X_SET.at[0, 3].set(1.2))
-    assert loop.valid[:3].all()
-    assert not loop.valid[3]
-    assert np.isnan(np.asarray(loop.y)[0, 3])
+@pytest.mark.parametrize("base", [CLOSED, IDEAL], ids=["closed form", "dynamics"])
+def test_a_bad_input_spoils_its_cycle_and_those_that_remember_it(base):
+    """A remembers five cycles. In a cascade B lives on y_A, and remembers the last bad one for three more."""
+    bad = X_SET.at[0, 3].set(1.2)
+    for cascade, good_again in ((False, 9), (True, 12)):
+        loop = run_star(dataclasses.replace(base, cascade=cascade), bad)
+        assert loop.valid[:3].all()
+        assert not loop.valid[3:good_again].any()
+        assert loop.valid[good_again:].all()
+        # A command that is good gives a good input, whatever the memory holds.
+        assert np.flatnonzero(np.isnan(loop.x[0])).tolist() == [3]
+        assert np.flatnonzero(np.isnan(loop.y[0])).tolist() == list(range(3, 9))
+        # B's memory has weight 0 on what A was fed.
+        assert np.flatnonzero(np.isnan(loop.r[1])).tolist() == (list(range(4, 12)) if cascade else [])
 
 
 def test_gradient_through_the_dynamics_and_both_memories():
@@ -334,5 +343,8 @@ def test_refusals():
         run_star(CLOSED, U)
     with pytest.raises(ValueError, match=r"go together"):
         run_star(CLOSED, X_SET, shots=10)
+    for shots in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"`shots` must be whole and at least 1, but is {shots}"):
+            run_star(CLOSED, X_SET, shots=shots, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"neighbouring lines are left out"):
         CLOSED.off_resonant_transfer()

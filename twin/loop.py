@@ -20,7 +20,7 @@ from twin.batch import in_blocks
 from twin.batching import Rows, batch_shape, is_traced, physical, real_array
 from twin.closed_form import flat_root
 from twin.memory import AbstractMemory
-from twin.readout import sample_counts
+from twin.readout import check_shots, sample_counts
 
 SOURCES = ("measured", "model", "command")
 # Devices in a block of a large batch: larger blocks leave the cache, smaller ones wait for their loops.
@@ -242,14 +242,13 @@ def run(
         A `Loop`.
 
     Raises:
-        ValueError: shots without a key or the reverse; an unknown memory source.
+        ValueError: shots below 1, fractional, without a key, or a key without shots; an unknown memory source.
 
     Example:
         >>> device = IonMemristor(memory=MovingAverage(10.0), method=ClosedForm())
         >>> loop = run(device, sine_input(periods=3, cycles_per_period=40))
     """
-    if (shots is None) != (key is None):
-        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    check_shots(shots, key)
     if device.source not in SOURCES:
         raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
     x_set = real_array(x_set)

@@ -37,5 +37,9 @@ def checked_memory_inputs(memory_inputs) -> Float[Array, "2 2"]:
 
 
 def into_memories(weights: Float[Array, "2 2"], x: Float[Array, "2 ..."]) -> Float[Array, "2 ..."]:
-    """What enters the two memories, for the inputs of the two memristors."""
-    return jnp.stack([row[0] * x[0] + row[1] * x[1] for row in weights])
+    """What enters the two memories, for the inputs of the two memristors; NaN only where a weight is not zero."""
+
+    def share(weight, own):
+        return weight * jnp.where((weight == 0) & jnp.isnan(own), 0.0, own)
+
+    return jnp.stack([share(row[0], x[0]) + share(row[1], x[1]) for row in weights])

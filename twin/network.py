@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from twin.batching import batch_shape, check_values, is_traced, physical, real_array
+from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
 from twin.graph import CARRIED, Graph
 from twin.loop import SOURCES, AbstractMemristor, within_rounding
 from twin.memory import HISTORY
 from twin.node_series import has_series
 from twin.player import Player, prepared, solved
-from twin.readout import sample_counts
+from twin.readout import check_shots, sample_counts
 
 FORMS = ("auto", "scan", "parallel")
 FIELDS = ("x_set", "r", "x", "y", "p_x", "p_y", "valid")
@@ -212,10 +212,7 @@ def play(
         >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
         >>> features = play(network, u[:, None]).y
     """
-    if (shots is None) != (key is None):
-        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
-    whole = lambda n: (n >= 1) & (n == np.floor(n))
-    check_values("shots", shots, whole, "whole and at least 1", "None plays expectation values")
+    check_shots(shots, key)
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
     if checkpoint_cycles is not None and checkpoint_cycles < 1:
