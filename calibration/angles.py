@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from twin.levels import SCHEMES
 from twin.loop import AbstractMemristor, Settings
 from twin.memristor import IonMemristor
 from twin.photonic import PhotonicMemristor
@@ -110,9 +109,7 @@ def second_angle(
 
 def read(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Probability that a shot is assigned to s, for a population of s; everything else counts as v."""
-    levels = len(SCHEMES[device.scheme].levels) if isinstance(device, IonMemristor) else 3
-    others = [jnp.zeros_like(signal)] * (levels - 2)
-    return device.assigned(jnp.stack([1 - signal, signal, *others]))
+    return device.assigned_of(signal)
 
 
 def unread(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:

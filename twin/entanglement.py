@@ -288,22 +288,9 @@ def _check(nodes, states: Correlations, axes: int) -> None:
 def _fed(nodes, states: Correlations) -> Float[Array, "2 ..."]:
     """What each node's own input looks like to a controller."""
     x = qubit_pairs.excitations(states)
-    rows = []
-    for k, node in enumerate(nodes):
-        if node.source != "measured":
-            rows.append(x[k])
-            continue
-        # A fourth level, where the device has one, is empty in an input.
-        levels = [1 - x[k], x[k], jnp.zeros_like(x[k])] + [jnp.zeros_like(x[k])] * (_levels(node) - 3)
-        rows.append(node.assigned(jnp.stack(levels)))
-    return jnp.stack(rows)
-
-
-def _levels(node: AbstractMemristor) -> int:
-    """Number of levels, from a response that is described and not computed."""
-    probe = jnp.array([0.5])
-    respond = lambda: node.under(Settings())(probe, probe, alone=True).populations
-    return jax.eval_shape(respond).shape[0]
+    return jnp.stack(
+        [node.assigned_of(own) if node.source == "measured" else own for node, own in zip(nodes, x, strict=True)]
+    )
 
 
 def _trace(states, outs, r, channels) -> PairTrace:

@@ -178,6 +178,16 @@ class AbstractMemristor(eqx.Module):
     def assigned(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
         """Probability that the readout assigns s."""
 
+    @property
+    def level_count(self) -> int:
+        """Number of levels of `Response.populations`; v, s and m come first."""
+        return 3 if self.unwrapped is self else self.unwrapped.level_count
+
+    def assigned_of(self, signal: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Probability that the readout assigns s where the population of s is `signal`, and the rest is in v."""
+        empty = [jnp.zeros_like(signal)] * (self.level_count - 2)
+        return self.assigned(jnp.stack([1 - signal, signal, *empty]))
+
     def assigned_next(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
         """Probability that a shot is not assigned to s, and then to m by a second detection."""
         raise NotImplementedError(f"{type(self).__name__} has no second detection stage.")
