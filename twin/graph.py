@@ -186,36 +186,44 @@ def uncoupled(nodes: int) -> Graph:
 
 
 def ring(nodes: int, weight=1.0, **more) -> Graph:
-    """Node i reaches node i + 1, the last one the first. `more`: as for `Graph.from_edges`, here and below."""
+    """Node i reaches node i + 1, the last one the first.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
+    """
     i = np.arange(nodes)
     return Graph.from_edges(nodes, i, (i + 1) % nodes, weight, **more)
 
 
 def all_to_all(nodes: int, weight=1.0, **more) -> Graph:
-    """Each node reaches all others; weights of shape (edges,) go source by source."""
+    """Each node reaches all others; weights of shape (edges,) go source by source.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
+    """
     source, target = np.nonzero(~np.eye(nodes, dtype=bool))
     return Graph.from_edges(nodes, source, target, weight, **more)
 
 
 def cascade(nodes: int, weight=1.0, *, delay_cycles=0, **more) -> Graph:
-    """Node i reaches node i + 1, within the cycle by default."""
+    """Node i reaches node i + 1, within the cycle by default. `**more`: `kind` and `carries` of `Graph.from_edges`."""
     i = np.arange(nodes - 1)
     return Graph.from_edges(nodes, i, i + 1, weight, delay_cycles=delay_cycles, **more)
 
 
 def nearest_neighbours(nodes: int, weight=1.0, **more) -> Graph:
-    """Neighbours in a line reach each other."""
+    """Neighbours in a line reach each other. `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`."""
     i = np.arange(nodes - 1)
     return Graph.from_edges(nodes, np.concatenate([i, i + 1]), np.concatenate([i + 1, i]), weight, **more)
 
 
 def self_edges(nodes: int, weight=1.0, **more) -> Graph:
-    """Each node reaches itself."""
+    """Each node reaches itself. `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`."""
     return Graph.from_edges(nodes, np.arange(nodes), np.arange(nodes), weight, **more)
 
 
 def random_sparse(nodes: int, degree: int, weight=1.0, *, seed: int, **more) -> Graph:
     """Each node is reached by `degree` others, drawn without repetition.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
 
     Raises:
         ValueError: a degree below 1, or above the number of other nodes.
@@ -238,9 +246,7 @@ def shared_memory(nodes: int, own, neighbours) -> Graph:
 
     Transfers stay in [0, 1] where own + 2 neighbours = 1 and both are not negative.
     """
-    more = {"kind": "memory"}
     i = np.arange(nodes)
-    around = Graph.from_edges(
-        nodes, np.concatenate([i, i]), np.concatenate([(i + 1) % nodes, (i - 1) % nodes]), neighbours, **more
-    )
-    return self_edges(nodes, own, **more) + around
+    beside = np.concatenate([(i + 1) % nodes, (i - 1) % nodes])
+    around = Graph.from_edges(nodes, np.concatenate([i, i]), beside, neighbours, kind="memory")
+    return self_edges(nodes, own, kind="memory") + around

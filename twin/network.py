@@ -198,7 +198,7 @@ def play(
             is parallel where that is possible and faster: on an accelerator, or for few nodes.
         keep: fields of the trace to write; a long record of a large network may not fit with all of them.
         checkpoint_cycles: of a scan, for reverse-mode derivatives of long records: states are stored once in so many
-            cycles, and what lies between is computed again. None stores every cycle.
+            cycles, and what lies between is computed again. None stores every cycle; the parallel form ignores it.
 
     Returns:
         A `Trace`. What a node sends is what a controller sees: by the device's source counts over shots or their
@@ -248,13 +248,16 @@ class _Board:
         """Values of those nodes of a device that are `here`; their two runs must both be valid."""
         old = self.values[group]
         for name, value in new.items():
-            value = old[name] & value if name == "valid" and name in old and here.all() else value
-            if name in old and not here.all():
-                value = jnp.where(here, old[name] & value if name == "valid" else value, old[name])
+            if name in old:
+                value = old[name] & value if name == "valid" else value
+                value = value if here.all() else jnp.where(here, value, old[name])
             old[name] = value
 
     def all(self, name: str) -> Array:
-        """Values of all nodes; zero where they are not known yet."""
+        """Values of all nodes.
+
+        Nodes not evaluated yet hold 0 or the answer to a placeholder input; callers use those that were.
+        """
         known = [v.get(name, None) for v in self.values]
         rows = [jnp.zeros(s) if k is None else k for k, s in zip(known, self.shapes, strict=True)]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
@@ -264,10 +267,8 @@ def _split(values: Array, network: Network) -> list[Array]:
     return [values[..., group] for group in network.groups]
 
 
-def _trace(known: dict[str, Array], keep: tuple[str, ...]) -> Trace:
-    return Trace(
-        **{name: known.get(name) if name in (*keep, "n_x", "n_y") else None for name in (*FIELDS, "n_x", "n_y")}
-    )
+def _trace(known: dict[str, Array]) -> Trace:
+    return Trace(**{name: known.get(name) for name in (*FIELDS, "n_x", "n_y")})
 
 
 def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array | None, shots, key) -> None:
@@ -292,7 +293,9 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 
 
 @eqx.filter_jit
-def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
+def _in_sequence(
+    network: Network, states, inputs, shots, key, keep: tuple[str, ...], checkpoint_cycles: int | None
+) -> Trace:
     n, topology = network.graph.nodes, network.graph.topology
     edges, players = couplings(network.graph), [Player(device) for device in network.devices]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
@@ -335,18 +338,19 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 
     drive = network.commands(inputs)
     keys = None if key is None else jax.random.split(key, drive.shape[0])
-    return _trace(_scanned(cycle, (states, past), (drive, keys), stretch), keep)
+    return _trace(_scanned(cycle, (states, past), (drive, keys), checkpoint_cycles))
 
 
-def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
-    """What a scan writes, its states stored every `stretch` cycles for derivatives."""
-    if stretch is None:
+def _scanned(cycle, start, rows, checkpoint_cycles: int | None) -> dict[str, Array]:
+    """What a scan writes, its states stored every `checkpoint_cycles` for derivatives."""
+    if checkpoint_cycles is None:
         return jax.lax.scan(cycle, start, rows)[1]
     steps = rows[0].shape[0]
-    whole = steps // stretch * stretch
-    many = jax.checkpoint(lambda carry, now: jax.lax.scan(cycle, carry, now))
-    cut = jax.tree.map(lambda a: a[:whole].reshape(whole // stretch, stretch, *a.shape[1:]), rows)
-    carry, known = jax.lax.scan(many, start, cut)
+    many = steps // checkpoint_cycles
+    whole = many * checkpoint_cycles
+    stretch = jax.checkpoint(lambda carry, now: jax.lax.scan(cycle, carry, now))
+    cut = jax.tree.map(lambda a: a[:whole].reshape(many, checkpoint_cycles, *a.shape[1:]), rows)
+    carry, known = jax.lax.scan(stretch, start, cut)
     _, rest = jax.lax.scan(cycle, carry, jax.tree.map(lambda a: a[whole:], rows))
     side_by_side = lambda a, b: jnp.concatenate([a.reshape(whole, *a.shape[2:]), b])
     return jax.tree.map(side_by_side, known, rest)
@@ -382,7 +386,7 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
             held = [d.memory.filter(m) for d, m in zip(network.devices, _split(fed, network), strict=True)]
             r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
             _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)
-    return _trace({name: board.all(name) for name in _asked(keep, shots)}, keep)
+    return _trace({name: board.all(name) for name in _asked(keep, shots)})
 
 
 def _asked(keep: tuple[str, ...], shots) -> tuple[str, ...]:
