@@ -1,4 +1,4 @@
-"""Control designed on one device, moved by the dictionary and run on another, with shot noise and faults on both sides.
+"""Control designed on one device, moved by the dictionary and run on another; shot noise and imperfections on both.
 
 A study draws pairs of devices, source and target, from boxes, one pair a seed, and calibrates both from simulated
 counts. Each kind of control is then designed in six ways, by what it is designed on, and run on real devices:

@@ -10,10 +10,10 @@ from experiments.schema_device import PARAMETERS, Table, foreign, from_list, num
 
 _SEED = 2**63 - 1
 WHAT = ("device", "command_map", "feedback", "reservoir")
-# The controller's own, and no fault of a device.
+# `window_cycles` belongs to the controller, so it does not vary between devices.
 _NAMES = {name: allowed for name, allowed in PARAMETERS.items() if name != "window_cycles"}
 
-# What the closed form does not know; of a heated ion the times tell how hot it is.
+# Parameters that do not enter the closed form; `_TIMES` enter it only through heating.
 _UNSEEN = (
     *("detuning_1_hz", "detuning_2_hz", "laser_linewidth_hz", "laser_linewidth_1_hz", "laser_linewidth_2_hz"),
     *("detuning_noise_1_hz", "detuning_noise_2_hz", "stark_1_hz", "stark_2_hz", "lifetime_s", "branching", "tail_s"),
@@ -41,10 +41,10 @@ def _within(given: dict[str, Any]) -> dict[str, Any]:
 
 
 Range = Annotated[tuple[float, float], BeforeValidator(from_list)]
-_Faults = Annotated[dict[str, float | Range], AfterValidator(_within)]
+_Imperfections = Annotated[dict[str, float | Range], AfterValidator(_within)]
 
 
-def _faults(text: str) -> Any:
+def _imperfections(text: str) -> Any:
     return Field({}, description=text, json_schema_extra={"propertyNames": {"enum": list(_NAMES)}})
 
 
@@ -55,10 +55,10 @@ class Transfer(Table):
     what: Annotated[list[Literal[WHAT]], Field(min_length=1)] = Field(  # ty: ignore[invalid-type-form]
         list(WHAT), description="device: the dictionary itself; command_map, feedback, reservoir: control, over seeds"
     )
-    source: _Faults = _faults(
+    source: _Imperfections = _imperfections(
         "how devices like [device] differ: name = [low, high] is drawn anew for each seed and freed in its calibration"
     )
-    target: _Faults = _faults(
+    target: _Imperfections = _imperfections(
         "the device that is moved to: name = value, or name = [low, high] as in source; all else is ideal, and pulses "
         "and times of an ion are the defaults of [device]"
     )
@@ -82,7 +82,7 @@ class Transfer(Table):
                 if reason := foreign(name, platform):
                     raise Refusal(f"{table}.{name}", reason)
                 if name == "n_bar":
-                    raise Refusal(f"{table}.n_bar", "is no fault that a study can play, whose calibrations and "
+                    raise Refusal(f"{table}.n_bar", "is no imperfection that a study can play, whose calibrations and "
                                   "emulation are of ions at one temperature; remove it")  # fmt: skip
         own = [name for name in ("laser_linewidth_1_hz", "laser_linewidth_2_hz") if name in self.target]
         if own and "laser_linewidth_hz" in self.target:

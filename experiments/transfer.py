@@ -41,6 +41,7 @@ from twin.photonic import PhotonicMemristor
 from twin.remainder import population_gap, remainder
 from twin.slow_noise import SlowNoise
 from twin.transfer import (
+    EXACT,
     ION_NAMES,
     PHOTONIC_NAMES,
     jacobian_to_ion,
@@ -51,7 +52,6 @@ from twin.transfer import (
     values_of,
 )
 
-_EXACT = ("efficiency", "dark_counts", "readout_error_bright", "readout_error_dark", "window_cycles")
 _SCALES = ("phase_scale_1", "phase_scale_2", "rabi_scale_1", "rabi_scale_2")
 _LOSSES = {
     "command_map": "rms of y - (1 - r) x over the square of commands",
@@ -154,11 +154,11 @@ def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -
         jacobian = jacobian_to_photonic if isinstance(device, IonMemristor) else jacobian_to_ion
         derivatives = jacobian(device, names, to)
         spread = np.sqrt(np.maximum(np.diag(np.asarray(propagated_covariance(derivatives, covariance))), 0.0))
-    rows = []
+    exact, rows = {*EXACT, *EXACT.values()}, []
     for k, name in enumerate(to):
         std = None if spread is None or not np.isfinite(spread[k]) else float(spread[k])
         value = float(values[k]) if np.isfinite(values[k]) else None
-        relation = "exact" if name in _EXACT else "first order"
+        relation = "exact" if name in exact else "first order"
         # The nearest interferometer to a pulse that lost contrast turns a little further.
         relation = "exact, but for what contrast shifts" if name in _SCALES else relation
         rows.append({"name": name, "value": value, "std": std, "unit": unit_of(name), "relation": relation})

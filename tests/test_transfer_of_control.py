@@ -150,7 +150,7 @@ def test_ridge_solves_the_normal_equations_with_a_free_bias():
     np.testing.assert_allclose(inputs.T @ left, 1e-5 * 50 * weights[:-1], atol=1e-11)
 
 
-def test_second_order_map_is_the_published_recursion():
+def test_second_order_map_is_merlins_recursion():
     u, z = (np.asarray(a) for a in second_order_map(jax.random.key(1), 30))
     padded = np.concatenate([[0.190983006, 0.190983006], z])
     for k in range(30):
