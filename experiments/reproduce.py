@@ -34,7 +34,7 @@ from twin.pulses import Gaussian
 _SIGMA_S = 20e-6  # the ratios reproduced here do not depend on it
 _AREAS = np.linspace(0.1, math.pi - 0.05, 15)
 
-# Separation in sigma, RSD(y) in %, and half a unit of the last digit with which the reference table gives it.
+# Separation in sigma, RSD(y) in % by our own earlier integration, and half a unit of its last digit.
 _RSD = (
     (8.0, 5e-7, 5e-8),
     (7.0, 2.5e-5, 5e-7),

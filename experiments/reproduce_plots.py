@@ -42,7 +42,7 @@ def separated(columns: Columns) -> Figure:
     figure, (ax,) = figure_of(1, 3.4, 4.8)
     ax.semilogy(columns["separation_sigma"], columns["rsd_percent"], color=BLUE, label="integrated again")
     ax.plot(columns["given_separation_sigma"], columns["given_rsd_percent"], "o", color=ORANGE, ms=5, mfc="none",
-            label="reference table")  # fmt: skip
+            label="our earlier integration")  # fmt: skip
     ax.axhline(0.03, color=GREY, ls="--", lw=1, label="0.03 %, as stated by the papers")
     ax.set(xlabel="separation of the pulses (σ)", ylabel="RSD of y (%)", ylim=(1e-8, 2e2))
     ax.legend()
@@ -181,7 +181,7 @@ DRAWINGS: dict[str, Drawing] = {
     "simultaneous-pulses": Drawing("Simultaneous pulses", "Population of s after both pulses at once.", simultaneous),
     "photonic-loop": Drawing(
         "Loops of the ideal memristor",
-        "Left: one period in the steady state. Right: line: closed form of the area; marks: the reference table.",
+        "Left: one period in the steady state. Right: line: closed form of the area; marks: the values expected.",
         photonic_loop,
     ),
     "crossed-pair": Drawing(
