@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from twin.levels import SCHEMES
 from twin.loop import AbstractMemristor, Settings
 from twin.memristor import IonMemristor
 from twin.photonic import PhotonicMemristor
@@ -117,19 +116,12 @@ def second_angle(
     return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y) + least_transfer_angles(device)[1])
 
 
-def assigned_probability(device: AbstractMemristor, signal: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
-    """Probability that a shot is assigned to s, for a population of s; everything else counts as v."""
-    levels = len(SCHEMES[device.scheme].levels) if isinstance(device, IonMemristor) else 3
-    others = [jnp.zeros_like(signal)] * (levels - 2)
-    return device.assigned(jnp.stack([1 - signal, signal, *others]))
-
-
 def population_estimate(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Estimate of the population of s from the share of shots assigned to it, within [0, 1].
 
     Shot noise carries an estimate beyond the ends, where no command lies; a controller then takes the end.
     """
-    none, all_ = assigned_probability(device, jnp.array([0.0, 1.0]))
+    none, all_ = device.assigned_of(jnp.array([0.0, 1.0]))
     return jnp.clip((share - none) / (all_ - none), 0.0, 1.0)
 
 

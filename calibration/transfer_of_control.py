@@ -32,7 +32,6 @@ from scipy.stats import qmc
 
 from calibration.angles import (
     angles_for,
-    assigned_probability,
     check_starts_in_v,
     first_angle,
     population_estimate,
@@ -262,7 +261,7 @@ def law_loop(
 ) -> tuple[Float[Array, " cycles"], Float[Array, " cycles"]]:
     """(r, y) of the feedback law of the believed device, run on the real one; y is the population."""
     zero, angle_1 = jnp.zeros_like(asked.x), first_angle(believed, asked.x)
-    p_x = assigned_probability(real, signal_of(real, angle_1, zero, alone=True))
+    p_x = real.assigned_of(signal_of(real, angle_1, zero, alone=True))
     seen = sample_counts(key, p_x, asked.shots) / asked.shots
     r = asked.memory.filter(population_estimate(believed, seen))
     angle_2 = second_angle(believed, angle_1, (1 - r) * asked.x)
@@ -282,7 +281,7 @@ def features(device: AbstractMemristor, asked: Task, u: Float[Array, " steps"], 
     x_set = asked.bias + asked.gain * u[:, None]
     shape, zero = x_set.shape, jnp.zeros(x_set.size)
     angle_1 = set_area(x_set).ravel()
-    count = lambda key, signal: sample_counts(key, assigned_probability(device, signal), asked.shots) / asked.shots
+    count = lambda key, signal: sample_counts(key, device.assigned_of(signal), asked.shots) / asked.shots
     seen = count(key_x, signal_of(device, angle_1, zero, alone=True)).reshape(shape)
     angle_2 = set_area(MovingAverage(asked.windows).filter(seen)).ravel()
     return count(key_y, signal_of(device, angle_1, angle_2, alone=False)).reshape(shape)
@@ -386,8 +385,10 @@ def _obeyed(
 ) -> Float[Array, "seeds designs"]:
     """Losses of command maps or feedback laws; `known` is what may be known of the target without a source."""
 
-    def loss(belief, real, key):
-        return map_loss(belief, real, asked.points) if control == "command_map" else law_loss(belief, real, asked, key)
+    def loss(believed, real, key):
+        return (
+            map_loss(believed, real, asked.points) if control == "command_map" else law_loss(believed, real, asked, key)
+        )
 
     def one(given):
         (a, a_found, b, _), known, key = given

@@ -75,7 +75,7 @@ def _played(pairs, cycles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     a, b = np.arange(0, n, 2), np.arange(1, n, 2)
     windows = np.repeat([round(window * cycles) for window, _ in pairs], 2).astype(float)
     device = PhotonicMemristor(memory=MovingAverage(windows), source="model")
-    both = Graph.of(n, np.concatenate([a, b]), np.concatenate([b, a]), kind="memory")
+    both = Graph.from_edges(n, np.concatenate([a, b]), np.concatenate([b, a]), kind="memory")
     phases = np.zeros(n)
     phases[1::2] = [phase for _, phase in pairs]
     u = 2 * math.pi * np.arange(2 * cycles) / cycles

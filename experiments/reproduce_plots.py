@@ -42,7 +42,7 @@ def separated(columns: Columns) -> Figure:
     figure, (ax,) = figure_of(1, 3.4, 4.8)
     ax.semilogy(columns["separation_sigma"], columns["rsd_percent"], color=BLUE, label="integrated again")
     ax.plot(columns["given_separation_sigma"], columns["given_rsd_percent"], "o", color=ORANGE, ms=5, mfc="none",
-            label="expected")  # fmt: skip
+            label="our earlier integration")  # fmt: skip
     ax.axhline(0.03, color=GREY, ls="--", lw=1, label="0.03 %, as stated by the papers")
     ax.set(xlabel="separation of the pulses (σ)", ylabel="RSD of y (%)", ylim=(1e-8, 2e2))
     ax.legend()

@@ -37,11 +37,20 @@ from twin.loop import AbstractMemristor, sine_input
 from twin.loop import run as played
 from twin.memristor import ClosedForm, IonMemristor, Lindblad
 from twin.photonic import PhotonicMemristor
-from twin.remainder import between, remainder
+from twin.remainder import population_gap, remainder
 from twin.slow_noise import SlowNoise
-from twin.transfer import ION_NAMES, PHOTONIC_NAMES, carried, jacobian, jacobian_to_ion, to_ion, to_photonic, values_of
+from twin.transfer import (
+    EXACT,
+    ION_NAMES,
+    PHOTONIC_NAMES,
+    jacobian_to_ion,
+    jacobian_to_photonic,
+    propagated_covariance,
+    to_ion,
+    to_photonic,
+    values_of,
+)
 
-_EXACT = ("efficiency", "dark_counts", "readout_error_bright", "readout_error_dark", "window_cycles")
 _SCALES = ("phase_scale_1", "phase_scale_2", "rabi_scale_1", "rabi_scale_2")
 _LOSSES = {
     "command_map": "rms of y - (1 - r) x over the square of commands",
@@ -174,15 +183,14 @@ def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -
     values, spread = np.asarray(values_of(there, to)), None
     if covariance is not None:
         # What the fit freed but a device does not have, such as a noise parameter, moves nothing.
-        derivatives = (
-            jacobian(device, names, to) if isinstance(device, IonMemristor) else jacobian_to_ion(device, names, to)
-        )
-        spread = np.sqrt(np.maximum(np.diag(np.asarray(carried(derivatives, covariance))), 0.0))
-    rows = []
+        jacobian = jacobian_to_photonic if isinstance(device, IonMemristor) else jacobian_to_ion
+        derivatives = jacobian(device, names, to)
+        spread = np.sqrt(np.maximum(np.diag(np.asarray(propagated_covariance(derivatives, covariance))), 0.0))
+    exact, rows = {*EXACT, *EXACT.values()}, []
     for k, name in enumerate(to):
         std = None if spread is None or not np.isfinite(spread[k]) else float(spread[k])
         value = float(values[k]) if np.isfinite(values[k]) else None
-        relation = "exact" if name in _EXACT else "first order"
+        relation = "exact" if name in exact else "first order"
         # The nearest interferometer to a pulse that lost contrast turns a little further.
         relation = "exact, but for what contrast shifts" if name in _SCALES else relation
         rows.append({"name": name, "value": value, "std": std, "unit": unit_of(name), "relation": relation})
@@ -196,14 +204,14 @@ def image_of(device: AbstractMemristor) -> AbstractMemristor:
 
 def _remainder(device: AbstractMemristor) -> dict[str, Any]:
     if not isinstance(device, IonMemristor):
-        total = between(device, image_of(device))
+        total = population_gap(device, image_of(device))
         return {"populations": {"all together": total._asdict()}, "without": {}, "states": {}}
     left = remainder(device)
-    gaps = {name: gap._asdict() for name, gap in left.alone.items()}
-    gaps |= {"all together": left.total._asdict(), "none of these": left.exact._asdict()}
+    gaps = {name: gap._asdict() for name, gap in left.with_only.items()}
+    gaps |= {"all together": left.total._asdict(), "none of these": left.baseline._asdict()}
     return {
         "populations": gaps,
-        "without": {name: gap._asdict() for name, gap in left.without.items()},
+        "without": {name: gap._asdict() for name, gap in left.with_all_but.items()},
         "states": {title: getattr(left, name) for name, title in _STATES.items()},
     }
 

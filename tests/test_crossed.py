@@ -57,14 +57,18 @@ def test_the_continuum_is_the_limit_of_many_cycles():
         np.testing.assert_allclose(getattr(coarse, name), getattr(fine, name), atol=1e-3)
 
 
-@pytest.mark.parametrize(("window", "phase"), [(0.4, 0.3), (0.25, 0.5), (0.3, -0.2), (0.6, 0.0)])
-def test_width_crossing_and_lobes_are_those_of_the_loop(window, phase):
+@pytest.mark.parametrize(
+    ("window", "phase", "expected_crossing"),
+    [(0.4, 0.3, True), (0.25, 0.5, True), (0.3, -0.2, False), (0.6, 0.0, False)],
+)
+def test_width_crossing_and_lobes_are_those_of_the_loop(window, phase, expected_crossing):
     pair = CrossedPair(window, phase)
+    assert bool(pair.crosses_itself) == expected_crossing
     x, y = polygon(pair)
     s = np.array([0.4, 1.2, 2.0, 2.8])
     width = hysteresis.branch_width(x, y, (1 - np.cos(s)) / 2)
     np.testing.assert_allclose(width, pair.inter_width(s), atol=1e-5)
-    if pair.crosses_itself:
+    if expected_crossing:
         grid = np.linspace(1e-3, 1 - 1e-3, 2001)
         widths = np.asarray(hysteresis.branch_width(x, y, grid))
         at = grid[np.flatnonzero(np.diff(np.sign(widths)))]
@@ -78,16 +82,16 @@ def test_width_crossing_and_lobes_are_those_of_the_loop(window, phase):
     assert lower + upper == pytest.approx(float(pair.inter_area), abs=1e-15)
 
 
-def test_both_kinds_of_loop_occur_above():
-    crossing = [bool(CrossedPair(w, p).crosses_itself) for w, p in ((0.4, 0.3), (0.25, 0.5), (0.3, -0.2))]
-    assert crossing == [True, True, False]
+def test_lobes_of_a_polygon_are_refused():
+    with pytest.raises(ValueError, match=r"`cycles_per_period` is 40"):
+        _ = CrossedPair(0.4, 0.3, K).lobe_areas
 
 
 def form(window, phase):
     return hysteresis.form_factor(*polygon(CrossedPair(window, phase)))
 
 
-def test_form_factors_of_the_literature():
+def test_form_factors_at_known_windows_and_phases():
     for window, phase, expected in (
         (0.5, -np.pi / 2, 0.95152),
         (0.25, -np.pi / 2, 0.88715),

@@ -64,17 +64,18 @@ def populations(solution):
 RNG = np.random.default_rng(20260701)
 GRID_1, GRID_2 = (a.ravel() for a in np.meshgrid(*[np.linspace(0.1, PI - 0.05, 15)] * 2, indexing="ij"))
 
-# PHYSICS section 6: theta_1, theta_2, DT/sigma, d_v sigma, and the populations.
+# theta_1, theta_2, DT/sigma, d_v sigma, and the populations: by an integration apart from this code, and exact at
+# DT = 0 and far apart.
 ROWS_V = {
-    "row 4": (PI / 2, PI / 2, 2, 0.0, (0.5041948112, 0.2741327549, 0.2216724339)),
-    "row 5": (PI, PI, 2, 0.0, (0.0013465530, 0.0019125407, 0.9967409063)),
-    "row 6": (PI, PI, 0, 0.0, (0.0388681487, 0.3165638355, 0.6445680158)),
-    "row 8": (PI / 2, PI / 2, 4, 0.0, (0.5000409782, 0.2507196016, 0.2492394201)),
-    "row 10": (PI / 2, PI / 2, 8, 0.3, (0.5439623059, 0.2280188475, 0.2280188466)),
-    "row 1": (2 * math.asin(math.sqrt(0.6)), 2 * math.asin(math.sqrt(0.3)), 13, 0.0, (0.4, 0.42, 0.18)),
+    "pi/2, pi/2, 2 sigma": (PI / 2, PI / 2, 2, 0.0, (0.5041948112, 0.2741327549, 0.2216724339)),
+    "pi, pi, 2 sigma": (PI, PI, 2, 0.0, (0.0013465530, 0.0019125407, 0.9967409063)),
+    "pi, pi, at once": (PI, PI, 0, 0.0, (0.0388681487, 0.3165638355, 0.6445680158)),
+    "pi/2, pi/2, 4 sigma": (PI / 2, PI / 2, 4, 0.0, (0.5000409782, 0.2507196016, 0.2492394201)),
+    "pi/2, pi/2, 8 sigma, detuned": (PI / 2, PI / 2, 8, 0.3, (0.5439623059, 0.2280188475, 0.2280188466)),
+    "apart": (2 * math.asin(math.sqrt(0.6)), 2 * math.asin(math.sqrt(0.3)), 13, 0.0, (0.4, 0.42, 0.18)),
 }
-ROWS_S = {"row 7": (PI / 2, PI / 2, 2, 0.0, (0.4935761142, 0.2322911309, 0.2741327549))}
-# PHYSICS 2.7 and row 15: theta, delta sigma, P. One pulse; a detuning of either sign.
+ROWS_S = {"pi/2, pi/2, 2 sigma": (PI / 2, PI / 2, 2, 0.0, (0.4935761142, 0.2322911309, 0.2741327549))}
+# theta, delta sigma, P of one Gaussian pulse, integrated apart from this code; a detuning of either sign.
 DETUNED = np.array(
     [
         (PI, 0.05, 0.99722942),
@@ -86,7 +87,7 @@ DETUNED = np.array(
     ]
 )
 WEAK, WEAK_DETUNING = 1e-3, np.array([0.0, 0.7, 1.5])
-# Rows 17 and 18: D sigma of a resonant pi pulse.
+# D sigma of a resonant pi pulse.
 DEPHASED = np.array([1e-3, 1e-5])
 RANDOM_1, RANDOM_2 = RNG.uniform(0, PI, (2, 50))
 ORDERS = (1.1, 2.3, np.array([1.5, -1.5]))  # the same two pulses in either order
@@ -145,7 +146,7 @@ def test_closed_form_at_thirteen_sigma(engine, start, equation):
 
 @every_solution
 def test_simultaneous_pulses_are_exact(engine, start, equation):
-    # PHYSICS 2.6.
+    # Equal envelopes turn v, s and m about one axis: rotations by hypot(theta_1, theta_2).
     expected = np.array(simultaneous_populations(RANDOM_1, RANDOM_2, start))
     got = solved(engine, start, equation)["simultaneous"]
     np.testing.assert_allclose(got, expected, atol=PROMISE[engine], rtol=0)
@@ -163,7 +164,7 @@ def test_populations_sum_to_one(engine, start, equation):
 @pytest.mark.parametrize("equation", ["schroedinger", "lindblad"])
 @engines
 def test_swapping_the_order_leaves_the_untouched_population(engine, equation):
-    # PHYSICS 6: (start v, order 1-2) P_v equals (order 2-1) P_v. The other two populations differ.
+    # (start v, order 1-2) P_v equals (order 2-1) P_v. The other two populations differ.
     one, other = solved(engine, "v", equation)["orders"].T
     assert one[0] == pytest.approx(other[0], abs=2 * PROMISE[engine])
     assert abs(one[1] - other[1]) > 0.05
@@ -264,7 +265,7 @@ def deviation(method, separation_sigmas):
     return np.abs(difference).max(axis=(0, 2)), np.abs(difference[0]).max(axis=-1), rsd
 
 
-# PHYSICS 2.5: DT/sigma, max |dP|, max |dP_v|, RSD(y).
+# DT/sigma, max |dP|, max |dP_v|, RSD(y), by an integration apart from this code.
 TABLE = [
     (8, 3.2e-9, 7e-12, 5e-9),
     (7, 1.5e-7, 1.3e-9, 2.5e-7),

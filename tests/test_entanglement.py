@@ -11,8 +11,9 @@ import qutip
 from scipy.special import ellipe, ellipk
 
 from twin import hysteresis, qubit_pairs
-from twin.entanglement import damping, node_channel, play_pair, prepared_node, store_pair, through
+from twin.entanglement import amplitude_damping, node_channel, play_pair, prepared_node, store_pair, through
 from twin.memory import MovingAverage
+from twin.memory_inputs import CROSSED, OWN
 from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, run, sine_input
 from twin.qubit_pairs import (
     both_or_none,
@@ -28,7 +29,6 @@ from twin.qubit_pairs import (
     x_concurrence,
 )
 from twin.slow_noise import SlowNoise
-from twin.wiring import CROSSED, OWN
 
 IDEAL = PhotonicMemristor(memory=MovingAverage(10.0))
 SIGMA_S = 20e-6
@@ -125,20 +125,21 @@ def kraus(r):
 def test_ideal_channels_are_their_kraus_operators():
     rho, r_a, r_b = random_states(1, 4)[..., 0], 0.3, 0.85
     expected = sum(np.kron(a, b) @ rho @ np.kron(a, b).conj().T for a in kraus(r_a) for b in kraus(r_b))
-    found = through(damping(r_a), damping(r_b), correlations(rho))
+    found = through(amplitude_damping(r_a), amplitude_damping(r_b), correlations(rho))
     np.testing.assert_allclose(density_matrix(found), expected, atol=1e-15)
 
 
 def test_a_response_shows_the_ideal_channel():
     r = jnp.array([0.0, 0.3, 0.99])
     for device in (IDEAL, IonMemristor(memory=MovingAverage(5.0), method=ClosedForm())):
-        channel, ideal = node_channel(device, r), damping(r)
-        np.testing.assert_allclose(channel.transfer, ideal.transfer, atol=1e-12)
-        np.testing.assert_allclose(channel.factor, ideal.factor, atol=1e-12)
+        channel, ideal = node_channel(device, r), amplitude_damping(r)
+        np.testing.assert_allclose(channel.population_matrix, ideal.population_matrix, atol=1e-12)
+        np.testing.assert_allclose(channel.coherence_factor, ideal.coherence_factor, atol=1e-12)
         assert np.all(np.asarray(channel.residual) < 1e-12)
         assert np.all(np.asarray(channel.smallest_choi_eigenvalue()) > -1e-12)
     lossy = node_channel(dataclasses.replace(IDEAL, loss=jnp.asarray(0.2)), r)
-    np.testing.assert_allclose(lossy.transfer, damping(1 - 0.8 * (1 - r)).transfer, atol=1e-12)
+    damped = amplitude_damping(1 - 0.8 * (1 - r))
+    np.testing.assert_allclose(lossy.population_matrix, damped.population_matrix, atol=1e-12)
 
 
 def test_a_noisy_interferometer_shows_the_average_of_its_channels():
@@ -154,32 +155,32 @@ def test_a_noisy_interferometer_shows_the_average_of_its_channels():
     kept = (1 - loss) * (np.cos(half) ** 2 @ weights) / (np.cos(0.5 * sigma * nodes) ** 2 @ weights)
     factor = np.sqrt(1 - loss) * (np.cos(half) @ weights) / (np.cos(0.5 * sigma * nodes) @ weights)
     zero = np.zeros(2)
-    np.testing.assert_allclose(channel.transfer, [[zero + 1, 1 - kept], [zero, kept]], atol=1e-12)
-    np.testing.assert_allclose(channel.factor, [factor, zero], atol=1e-12)
+    np.testing.assert_allclose(channel.population_matrix, [[zero + 1, 1 - kept], [zero, kept]], atol=1e-12)
+    np.testing.assert_allclose(channel.coherence_factor, [factor, zero], atol=1e-12)
     assert np.all(np.asarray(channel.smallest_choi_eigenvalue()) > -1e-12)
     assert np.all(np.asarray(channel.residual) < 1e-12)
 
 
-@pytest.mark.parametrize("wiring", [OWN, CROSSED])
-def test_pairs_with_one_excitation(wiring):
-    """C_out = C_in sqrt((1-R_A)(1-R_B)); the inputs of the nodes add to one, so both wirings do the same to it."""
+@pytest.mark.parametrize("memory_inputs", [OWN, CROSSED])
+def test_pairs_with_one_excitation(memory_inputs):
+    """C_out = C_in sqrt((1-R_A)(1-R_B)); the inputs of the nodes add to one, so own and crossed memories agree."""
     x = X
-    trace = play_pair((IDEAL, IDEAL), one_excitation(x, 0.4), wiring=wiring)
+    trace = play_pair((IDEAL, IDEAL), one_excitation(x, 0.4), memory_inputs=memory_inputs)
     r = np.stack([IDEAL.memory.filter(a) for a in (x, 1 - x)])
-    np.testing.assert_allclose(trace.r, r if wiring is OWN else r[::-1], atol=1e-12)
+    np.testing.assert_allclose(trace.r, r if memory_inputs is OWN else r[::-1], atol=1e-12)
     left = np.sqrt((1 - r[0]) * (1 - r[1]))
     np.testing.assert_allclose(trace.concurrence_out, 2 * np.sqrt(x * (1 - x)) * left, atol=1e-12)
     np.testing.assert_allclose(trace.concurrence_out, trace.concurrence_in * left, atol=1e-12)
     np.testing.assert_allclose(trace.concurrence_out, concurrence(trace.state_out), atol=1e-12)
     np.testing.assert_allclose(trace.y, (1 - trace.r) * np.stack([x, 1 - x]), atol=1e-12)
-    np.testing.assert_allclose(trace.trace, 1, atol=1e-12)
+    np.testing.assert_allclose(trace.kept, 1, atol=1e-12)
     assert bool(trace.valid.all())
 
 
 def test_pairs_with_both_or_none_lose_entanglement_for_good():
     """C_out = 2 sqrt((1-R_A)(1-R_B) x) max(0, sqrt(1-x) - sqrt(x R_A R_B)): zero before R reaches one."""
     x, r_a, r_b = np.meshgrid([0.1, 0.5, 0.8, 0.95], [0.0, 0.3, 0.9], [0.2, 0.6])
-    found = x_concurrence(through(damping(r_a), damping(r_b), both_or_none(x)))
+    found = x_concurrence(through(amplitude_damping(r_a), amplitude_damping(r_b), both_or_none(x)))
     expected = 2 * np.sqrt((1 - r_a) * (1 - r_b) * x) * np.maximum(0, np.sqrt(1 - x) - np.sqrt(x * r_a * r_b))
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert np.any((expected == 0) & (r_a < 1))
@@ -198,7 +199,7 @@ def test_area_of_the_concurrence_loop():
     def concurrences(x):
         r = [MovingAverage(float(window)).filter(fed) for fed in (x, 1 - x)]
         before = one_excitation(x)
-        return x_concurrence(before), x_concurrence(through(damping(r[0]), damping(r[1]), before))
+        return x_concurrence(before), x_concurrence(through(amplitude_damping(r[0]), amplitude_damping(r[1]), before))
 
     before, after = concurrences(sine_input(periods=2, cycles_per_period=cycles))
     half = slice(cycles, cycles + cycles // 2 + 1)
@@ -214,7 +215,7 @@ def test_area_of_the_concurrence_loop():
 def test_a_stored_pair():
     """The same pair again and again, against the recursion of populations and coherence in plain numbers."""
     nodes = (IDEAL, dataclasses.replace(IDEAL, memory=MovingAverage(2.5)))
-    trace = store_pair(nodes, one_excitation(0.3), 12, wiring=CROSSED)
+    trace = store_pair(nodes, one_excitation(0.3), 12, memory_inputs=CROSSED)
     x_a, x_b, coherence, history = 0.3, 0.7, 2 * np.sqrt(0.21), []
     for k in range(12):
         # A averages ten earlier inputs of B, B two and a half of A; 1/2 before the first.
@@ -344,13 +345,13 @@ def test_channels_of_ions_against_the_master_equation_of_both(ion_channels):
     np.testing.assert_allclose(density_matrix(found), after, atol=1e-7)
     np.testing.assert_allclose(concurrence(found), qutip.concurrence(qutip.Qobj(after, dims=[[2, 2]] * 2)), atol=1e-7)
     # Not the ideal one.
-    ideal = through(damping(R[0]), damping(R[1]), correlations(before))
+    ideal = through(amplitude_damping(R[0]), amplitude_damping(R[1]), correlations(before))
     assert np.abs(np.asarray(density_matrix(ideal)) - after).max() > 0.01
 
 
 def test_channels_of_ions_are_physical(ion_channels):
     assert np.all(np.asarray(ion_channels.smallest_choi_eigenvalue()) > -1e-9)
-    np.testing.assert_allclose(np.sum(ion_channels.transfer, axis=0), 1, atol=1e-9)
+    np.testing.assert_allclose(np.sum(ion_channels.population_matrix, axis=0), 1, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -358,10 +359,11 @@ def test_a_leak_lowers_the_trace_and_the_residual_tells_of_decay():
     device = IonMemristor(memory=MovingAverage(4.0), scheme="v", method=Lindblad(1e-7), lifetime_s=5e-3)
     channel = node_channel(device, jnp.array([0.3]))
     loop = run(device, jnp.array([0.25]), jnp.array([0.3]))
-    kept = np.sum(channel.transfer, axis=0)[:, 0]
+    kept = np.sum(channel.population_matrix, axis=0)[:, 0]
     assert np.all(kept < 1)
     assert kept[0] < 0.99  # v is an upper level of the V scheme and decays.
-    y = channel.transfer[1, 0] * (loop.populations_1[0] + loop.populations_1[2]) + channel.transfer[1, 1] * loop.x
+    to_s = channel.population_matrix[1]
+    y = to_s[0] * (loop.populations_1[0] + loop.populations_1[2]) + to_s[1] * loop.x
     assert 0 < channel.residual[0] < 1e-2
     np.testing.assert_allclose(y, loop.y, atol=2 * float(channel.residual[0]))
 
@@ -404,10 +406,10 @@ def test_gradient_through_the_dynamics_of_an_ion():
 
 def test_refusals():
     states = one_excitation(jnp.full(3, 0.5))
-    with pytest.raises(ValueError, match=r"`wiring` must be 2 by 2"):
-        play_pair((IDEAL, IDEAL), states, wiring=(1.0, 0.0))
+    with pytest.raises(ValueError, match=r"`memory_inputs` must be 2 by 2"):
+        play_pair((IDEAL, IDEAL), states, memory_inputs=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"divide each row by its sum"):
-        play_pair((IDEAL, IDEAL), states, wiring=((1.0, 1.0), (0.0, 1.0)))
+        play_pair((IDEAL, IDEAL), states, memory_inputs=((1.0, 1.0), (0.0, 1.0)))
     with pytest.raises(ValueError, match=r"\(4, 4, cycles, \*batch\)"):
         play_pair((IDEAL, IDEAL), one_excitation(0.5))
     with pytest.raises(ValueError, match=r"`source` must be one of"):
@@ -424,7 +426,7 @@ def test_refusals():
 
 
 def test_the_ideal_node_has_gradients_at_its_edges():
-    left = lambda r: jnp.sum(damping(r).factor)
+    left = lambda r: jnp.sum(amplitude_damping(r).coherence_factor)
     slope = jax.vmap(jax.grad(left))(jnp.array([0.0, 0.36, 1.0]))
     np.testing.assert_allclose(slope, [-0.5, -0.625, 0.0], atol=1e-15)
 
@@ -432,7 +434,7 @@ def test_the_ideal_node_has_gradients_at_its_edges():
 def test_a_bad_transfer_spoils_its_own_lane():
     channel = node_channel(IDEAL, jnp.array([0.5, 1.2]))
     assert channel.valid.tolist() == [True, False]
-    assert np.isnan(np.asarray(channel.transfer)[..., 1]).all()
-    assert damping(jnp.array([0.5, 1.2])).valid.tolist() == [True, False]
+    assert np.isnan(np.asarray(channel.population_matrix)[..., 1]).all()
+    assert amplitude_damping(jnp.array([0.5, 1.2])).valid.tolist() == [True, False]
     t = through(channel, channel, qubit_pairs.one_excitation(jnp.full(2, 0.5)))
     assert np.isfinite(np.asarray(t)[..., 0]).all()

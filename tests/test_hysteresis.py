@@ -202,7 +202,7 @@ def test_forty_points(n_w, area, form):
 
 @pytest.mark.parametrize(("points", "n_w"), [(40, 10), (40, 37), (41, 6), (64, 100)])
 def test_area_of_the_discrete_loop(points, n_w):
-    # PHYSICS 3.2: (pi/8) S_d sin(lag) sin(2 pi/K)/(2 pi/K).
+    # (pi/8) S_d sin(lag) of the smooth loop, times sin(w)/w of its polygon with w = 2 pi/K.
     w = 2 * np.pi / points
     s_d, lag = np.sin(n_w * w / 2) / (n_w * np.sin(w / 2)), w * (n_w + 1) / 2
     expected = np.pi / 8 * s_d * np.sin(lag) * np.sin(w) / w

@@ -194,7 +194,7 @@ def test_a_window_for_each_lane():
 
 
 def test_steady_state_of_a_sine_input():
-    # PHYSICS 3.2 and row 30: R_k = 1/2 - S_d cos(w k - lag)/2, and R_{20K+7} for K = 40, n_w = 10.
+    # R_k = 1/2 - S_d cos(w k - lag)/2 is the mean of the n cosines before cycle k, a geometric sum.
     K, n = 40, 10
     k = np.arange(25 * K)
     w = 2 * np.pi / K

@@ -304,6 +304,9 @@ def test_bad_runs_are_refused():
     x = jnp.array([0.1, 0.2])
     with pytest.raises(ValueError, match="`shots` and `key` go together"):
         run(ideal(2.0), x, shots=10)
+    for shots in (0, 2.5):
+        with pytest.raises(ValueError, match=f"`shots` must be whole and at least 1, but is {shots}"):
+            run(ideal(2.0), x, shots=shots, key=jax.random.key(0))
     with pytest.raises(ValueError, match="`source` must be one of"):
         run(ideal(2.0, source="rumour"), x)
     with pytest.raises(ValueError, match="at least one cycle"):

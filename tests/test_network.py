@@ -31,7 +31,7 @@ def network(edges, device=None, **more):
 
 def by_hand(edges, loss=0.0):
     """Photonic nodes with exponential memory, cycle by cycle and edge by edge, inputs in order of the nodes."""
-    w = edges.wiring
+    w = edges.topology
     x_set, r, y = (np.zeros((STEPS, N)) for _ in range(3))
     state = np.full(N, 0.5)
     for k in range(STEPS):
@@ -43,13 +43,13 @@ def by_hand(edges, loss=0.0):
                     x_set[k, i] += weight * y[k - d, s]
             y[k, i] = (1 - loss) * (1 - state[i]) * x_set[k, i]
         fed = x_set[k].copy()
-        for i in np.flatnonzero(w.remembers_others):
+        for i in np.flatnonzero(w.has_memory_edges):
             fed[i] = 0.0
-            for s, t, d, kind, of, weight in zip(
-                w.source, w.target, w.delay_cycles, w.kind, w.of, edges.weight, strict=True
+            for s, t, d, kind, carries, weight in zip(
+                w.source, w.target, w.delay_cycles, w.kind, w.carries, edges.weight, strict=True
             ):
                 if t == i and kind == 1:
-                    fed[i] += weight * ((x_set, y)[of][k - d, s] if k >= d else 0.5)
+                    fed[i] += weight * ((x_set, y)[carries][k - d, s] if k >= d else 0.5)
         state = state + (fed - state) / TAU
     return x_set, r, y
 
@@ -64,10 +64,10 @@ GRAPHS = {
     "cascade of delay 2": graph.cascade(N, 0.4, delay_cycles=2),
     "neighbours' memories": graph.shared_memory(N, 0.6, 0.2),
     "late memories": graph.ring(N, 0.7, kind="memory", delay_cycles=2),
-    "own outputs": graph.self_edges(N, 1.0, kind="memory", of="y"),
+    "own outputs": graph.self_edges(N, 1.0, kind="memory", carries="y"),
     "everything": graph.cascade(N, 0.2)
     + graph.random_sparse(N, 2, 0.1, seed=2, delay_cycles=2)
-    + graph.all_to_all(N, 0.2, kind="memory", of="y")
+    + graph.all_to_all(N, 0.2, kind="memory", carries="y")
     + graph.ring(N, 0.1, kind="memory", delay_cycles=1),
 }
 
@@ -75,7 +75,7 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_network_does_what_its_edges_say(name):
     edges = GRAPHS[name]
-    forms = ("scan",) if edges.wiring.order is None else ("scan", "parallel")
+    forms = ("scan",) if edges.topology.order is None else ("scan", "parallel")
     assert len(forms) == (1 if name in ("ring", "ring of delay 3", "all to all", "own outputs", "everything") else 2)
     for form in forms:
         trace = play(network(edges), U, form=form)
@@ -105,7 +105,7 @@ def mixed(edges, **more):
 
 @pytest.mark.parametrize("shots", [None, pytest.param(200, marks=pytest.mark.slow)])
 def test_both_forms_agree_on_mixed_platforms(shots):
-    edges = graph.Graph.of(N, [0, 1], [3, 4], 0.3, delay_cycles=0) + graph.Graph.of(
+    edges = graph.Graph.from_edges(N, [0, 1], [3, 4], 0.3, delay_cycles=0) + graph.Graph.from_edges(
         N, [0, 1, 0], [2, 4, 3], 0.8, kind="memory", delay_cycles=1
     )
     key = None if shots is None else jax.random.key(7)
@@ -137,7 +137,7 @@ def test_a_bad_node_spoils_only_what_it_reaches():
         assert np.all(trace.valid[0])
         assert np.array_equal(np.asarray(trace.valid[1]), np.arange(N) != 1)
         assert np.isnan(trace.y[1, 1])
-        reached = edges.wiring.target[edges.wiring.source == 1].tolist()
+        reached = edges.topology.target[edges.topology.source == 1].tolist()
         assert np.array_equal(np.asarray(trace.valid[2]), [i not in (1, *reached) for i in range(N)])
 
 
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_finite_differences():
             ),
         )
         made = Network(
-            devices, Graph(edges.wiring, edges.weight * v["edge"]), Encoding(v["w_in"] * jnp.ones((n, 1)), 0.2)
+            devices, Graph(edges.topology, edges.weight * v["edge"]), Encoding(v["w_in"] * jnp.ones((n, 1)), 0.2)
         )
         return jnp.sum(weights * play(made, u, keep=("y",)).y)
 
@@ -237,13 +237,13 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda: graph.cascade(3, 1.0) + Graph.of(3, 2, 0, delay_cycles=0), "must not close a circle"),
-        (lambda: Graph.of(3, 0, 3), "`target` must hold whole numbers from 0 to below 3, but has 3"),
-        (lambda: Graph.of(3, 0, 1, delay_cycles=-1), "`delay_cycles` must hold"),
-        (lambda: Graph.of(3, 0, 1, kind="feedback"), "`kind` must be one of"),
-        (lambda: Graph.of(3, [0, 1], [1, 2], [0.1, 0.2, 0.3]), "for each of 2 edges, but has shape \\(3,\\)"),
+        (lambda: graph.cascade(3, 1.0) + Graph.from_edges(3, 2, 0, delay_cycles=0), "form an algebraic loop"),
+        (lambda: Graph.from_edges(3, 0, 3), "`target` must hold whole numbers from 0 to below 3, but has 3"),
+        (lambda: Graph.from_edges(3, 0, 1, delay_cycles=-1), "`delay_cycles` must hold"),
+        (lambda: Graph.from_edges(3, 0, 1, kind="feedback"), "`kind` must be one of"),
+        (lambda: Graph.from_edges(3, [0, 1], [1, 2], [0.1, 0.2, 0.3]), "for each of 2 edges, but has shape \\(3,\\)"),
         (lambda: graph.ring(3, [0.1, 0.2]), "for each of 3 edges"),
-        (lambda: Graph.of(3, 0, 1, of="x"), "'y' for input edges"),
+        (lambda: Graph.from_edges(3, 0, 1, carries="x"), "'y' for input edges"),
         (lambda: graph.ring(3) + graph.ring(4), "cannot be joined"),
         (lambda: graph.random_sparse(3, 3, seed=0), "`degree` must be from 1 to 2"),
         (lambda: network(graph.ring(N + 1)), "the graph has 6"),
@@ -251,7 +251,7 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: Network((photonic(),), graph.ring(N), Encoding(np.ones(N))), "one row for each of 5 nodes and one"),
         (lambda: Network((photonic(),), graph.ring(N), Encoding(W_IN, np.ones(2))), "but has \\(2,\\)"),
         (lambda: Network((photonic(),), graph.ring(N), Encoding(W_IN, np.ones((N, 1)))), "`bias` must be one number"),
-        (lambda: Network((photonic(),), graph.ring(N), sizes=(2, 3)), "one number for each of 1 devices"),
+        (lambda: Network((photonic(),), graph.ring(N), nodes_per_device=(2, 3)), "one number for each of 1 devices"),
         (lambda: network(graph.ring(N), photonic(source="guess")), "`source` must be one of"),
         (lambda: play(network(graph.ring(N)), U[:, :1]), "`inputs` must have shape"),
         (lambda: play(Network((photonic(),), graph.ring(N)), U), "give the network an `encoding`"),
@@ -279,10 +279,10 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
     spread = np.linspace(0.97, 1.02, N) if lanes == N else 0.98
     device = IonMemristor(memory=Exponential(TAU if lanes == N else 3.0), rabi_scale_1=spread, detuning_2_hz=800.0,
                           readout_error_bright=0.02, readout_error_dark=0.01, separation_s=100e-6)  # fmt: skip
-    made = network(graph.uncoupled(N), device, sizes=(N,))
-    solved = made.tabulated()
+    made = network(graph.uncoupled(N), device, nodes_per_device=(N,))
+    solved = made.solved()
     trace = play(solved, U, form="scan")
-    (ion,) = made.prepared().nodes
+    (ion,) = made.prepared().devices
 
     @jax.jit
     def both(x, r):
@@ -300,7 +300,7 @@ def test_series_read_in_a_network_are_those_of_the_device(lanes):
 def test_checkpoints_change_no_number():
     edges = graph.ring(N, 0.3)
     loss = lambda w, every: jnp.sum(
-        play(network(Graph(edges.wiring, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
+        play(network(Graph(edges.topology, w * edges.weight)), U, checkpoint_cycles=every).y ** 2
     )
     plain, stored = (jax.value_and_grad(loss)(0.9, every) for every in (None, 7))
     np.testing.assert_allclose(stored, plain, rtol=1e-13)

@@ -161,7 +161,7 @@ def test_filter_function_is_the_answer_to_a_modulation(case):
 
 
 def test_white_noise_is_the_first_order_of_lindblad():
-    # PHYSICS 2.8: 1 - F = 0.72861 D sigma for a pi pulse.
+    # By Lindblad to first order, 1 - F = 0.72861 D sigma for a pi pulse.
     found = filtered(closed(), PI, [noise(White(10.0))], start="v", window_s=ALONE_S)
     law = float(pi_pulse_dephasing(SIGMA_S, math.pi * 10.0))
     assert law == pytest.approx(0.72861 * math.pi * 10 * SIGMA_S, rel=1e-5)

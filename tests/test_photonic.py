@@ -188,11 +188,11 @@ def test_clicks_are_those_of_two_detectors():
 # --------------------------------------------------------------------------------------------------------------- area
 
 
-def area_of(device, measured=False, n_w=10, cycles_per_period=40):
+def area_of(device, of_clicks=False, n_w=10, cycles_per_period=40):
     device = dataclasses.replace(device, memory=MovingAverage(n_w))
     loop = run(device, sine_input(periods=3, cycles_per_period=cycles_per_period))
     last = slice(2 * cycles_per_period, 3 * cycles_per_period)
-    pair = (loop.p_x, loop.p_y) if measured else (loop.x, loop.y)
+    pair = (loop.p_x, loop.p_y) if of_clicks else (loop.x, loop.y)
     return float(signed_area(*(column[last] for column in pair)))
 
 
@@ -200,13 +200,13 @@ SPOILED = {"visibility_1": 0.9, "visibility_2": 0.8, "phase_noise_1_rad": 0.2, "
            "loss_input": 0.1, "loss": 0.25, "efficiency": 0.6, "dark_counts": 0.02}  # fmt: skip
 
 
-@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("of_clicks", [False, True])
 @pytest.mark.parametrize("source", ["command", "model", "measured"])
-def test_the_area_of_a_spoiled_loop_is_that_of_the_formula(source, measured):
+def test_the_area_of_a_spoiled_loop_is_that_of_the_formula(source, of_clicks):
     device = photonic(source=source, **SPOILED)
     for n_w in (4.5, 10.0):
-        expected = area_of(photonic(), n_w=n_w) * float(device.area_factor(measured=measured))
-        assert area_of(device, measured, n_w) == pytest.approx(expected, abs=1e-13)
+        expected = area_of(photonic(), n_w=n_w) * float(device.area_factor(of_clicks=of_clicks))
+        assert area_of(device, of_clicks, n_w) == pytest.approx(expected, abs=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_the_area_of_a_spoiled_loop_is_that_of_the_formula(source, measured):
 def test_single_imperfections_take_simple_powers_of_the_area(fields, source, factor):
     device = photonic(source=source, **fields)
     assert float(device.area_factor()) == pytest.approx(factor, abs=1e-14)
-    # (pi/8) S_d sin(lag) sin(w)/w for 40 points and a window of 10: PHYSICS 3.2, row 30.
+    # (pi/8) S_d sin(lag) sin(w)/w with w = 2 pi/40, S_d = sin(5 w)/(10 sin(w/2)) and lag = 11 w/2.
     assert area_of(device) == pytest.approx(0.2680153507 * factor, abs=1e-9)
 
 

@@ -243,7 +243,7 @@ def test_gradients_are_the_finite_differences(case):
 
 
 def test_peak_of_a_pi_pulse():
-    # PHYSICS 2.3 and row 3: Om0 sigma = sqrt(pi/2); 20 us gives 9.97356 kHz.
+    # sqrt(2 pi) Om0 sigma = pi: Om0 sigma = sqrt(pi/2), and 20 us gives 9.97356 kHz.
     pulse = Gaussian.from_area(math.pi, center_s=0.0, sigma_s=SIGMA_S)
     assert float(pulse.peak_rad_s) * SIGMA_S == pytest.approx(1.253314137, abs=1e-9)
     assert float(pulse.peak_rad_s) / (2 * math.pi) == pytest.approx(9973.56, rel=1e-6)

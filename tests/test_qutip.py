@@ -1,4 +1,4 @@
-"""Independent code: ten random open systems against QuTiP, operators built from PHYSICS 2.2 and 2.8."""
+"""Independent code: ten random open systems against QuTiP, operators built here level by level."""
 
 import functools
 

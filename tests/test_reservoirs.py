@@ -124,7 +124,7 @@ def test_merlins_memristor_averages_its_own_output():
     np.testing.assert_allclose(modes.sum(axis=1), 1.0, rtol=1e-13)
     np.testing.assert_allclose(modes[:, 0], np.asarray(u[:, 0]) ** 2, atol=1e-15)
     r = 0.5
-    for k in range(50):  # PHYSICS: R += (p_1 - R)/tau with p_1 = (1 - u^2)(1 - R)
+    for k in range(50):  # R += (p_1 - R)/tau with p_1 = (1 - u^2)(1 - R)
         p = (1 - float(u[k, 0]) ** 2) * (1 - r)
         assert modes[k, 1] == pytest.approx(p, rel=1e-12)
         r += (p - r) / 4.0

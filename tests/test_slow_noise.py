@@ -146,8 +146,9 @@ def test_too_few_nodes_are_seen():
     )
 
 
-def test_detuning_rule_against_the_published_transfers():
-    # PHYSICS 2.7: a pi pulse at delta sigma = 0.2 transfers 0.95656088, at 0 all. Two nodes are +- one deviation.
+def test_detuning_rule_against_the_transfer_of_a_detuned_pulse():
+    # A Gaussian pi pulse at delta sigma = 0.2 transfers 0.95656088 (integrated), at 0 all. Two nodes are +- one
+    # deviation.
     std_hz = 0.2 / (2 * math.pi * 20e-6)
     two = slow_noise.detuning_error(std_hz, 20e-6, math.pi, 2)
     assert 1e-5 < two < 1 - 0.95656088

@@ -1,4 +1,4 @@
-"""Two memristors on one ion: products of cosines, PHYSICS 3.4, QuTiP on seven levels, and all five lines at once."""
+"""Two memristors on one ion: products of cosines, crossed pairs, QuTiP on seven levels, and all five lines at once."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from scipy.integrate import solve_ivp
 from twin import hysteresis
 from twin.master_equation import unpack_density
 from twin.memory import MovingAverage
+from twin.memory_inputs import CROSSED, OWN
 from twin.memristor import sine_input
 from twin.methods import ClosedForm, StaticGrid
 from twin.star import LEVELS, SUBLEVELS, ZEEMAN_HZ_PER_TESLA, Star, quadrupole_beam, run_star
-from twin.wiring import CROSSED, OWN
 
 SIGMA_S = 20e-6
 WINDOWS = (5.0, 3.0)
@@ -32,12 +32,12 @@ U = sine_input(periods=1, cycles_per_period=16)
 X_SET = jnp.stack([U, 0.9 - 0.8 * U])
 
 
-def by_hand(x_set, wiring, cascade):
+def by_hand(x_set, memory_inputs, cascade):
     """x, y, r of both memristors in plain numbers."""
     fed, rows = [], []
     for u_a, u_b in np.asarray(x_set).T:
         past = np.array([[0.5, 0.5]] * 5 + fed)
-        r_a, r_b = (past[-int(w) :].mean(axis=0) @ np.array(wiring[k]) for k, w in enumerate(WINDOWS))
+        r_a, r_b = (past[-int(w) :].mean(axis=0) @ np.array(memory_inputs[k]) for k, w in enumerate(WINDOWS))
         x_a, y_a = u_a, (1 - r_a) * u_a
         x_b = u_b * y_a if cascade else u_b
         rows.append([(x_a, x_b), (y_a, (1 - r_b) * x_b), (r_a, r_b)])
@@ -45,11 +45,11 @@ def by_hand(x_set, wiring, cascade):
     return np.moveaxis(np.array(rows), 0, -1)
 
 
-@pytest.mark.parametrize("wiring", [OWN, CROSSED, ((0.5, 0.5), (0.2, 0.8))])
+@pytest.mark.parametrize("memory_inputs", [OWN, CROSSED, ((0.5, 0.5), (0.2, 0.8))])
 @pytest.mark.parametrize("cascade", [True, False])
-def test_closed_form_against_plain_numbers(wiring, cascade):
-    loop = run_star(dataclasses.replace(CLOSED, wiring=wiring, cascade=cascade), X_SET)
-    x, y, r = by_hand(X_SET, wiring, cascade)
+def test_closed_form_against_plain_numbers(memory_inputs, cascade):
+    loop = run_star(dataclasses.replace(CLOSED, memory_inputs=memory_inputs, cascade=cascade), X_SET)
+    x, y, r = by_hand(X_SET, memory_inputs, cascade)
     np.testing.assert_allclose(loop.x, x, atol=1e-12)
     np.testing.assert_allclose(loop.y, y, atol=1e-12)
     np.testing.assert_allclose(loop.r, r, atol=1e-12)
@@ -58,7 +58,7 @@ def test_closed_form_against_plain_numbers(wiring, cascade):
 
 @pytest.mark.parametrize("cascade", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dynamics_of_separated_pulses_are_the_closed_form(cascade):
-    star = dataclasses.replace(IDEAL, wiring=CROSSED, cascade=cascade)
+    star = dataclasses.replace(IDEAL, memory_inputs=CROSSED, cascade=cascade)
     loop = run_star(star, X_SET)
     x, y, r = by_hand(X_SET, CROSSED, cascade)
     assert bool(loop.valid.all())
@@ -69,10 +69,13 @@ def test_dynamics_of_separated_pulses_are_the_closed_form(cascade):
 
 
 def test_crossed_feedback_has_the_areas_of_two_crossed_memristors():
-    """PHYSICS 3.4, both inputs on one ion that is prepared anew: pi/8 S sin(lag - Phi), and S sin lag - sin Phi."""
+    """Both inputs on one ion that is prepared anew: pi/8 S sin(lag - Phi), and pi/8 (S sin lag - sin Phi)."""
     cycles, window, lead = 80, 24, 17
     star = dataclasses.replace(
-        CLOSED, wiring=CROSSED, cascade=False, memories=(MovingAverage(float(window)), MovingAverage(float(window)))
+        CLOSED,
+        memory_inputs=CROSSED,
+        cascade=False,
+        memories=(MovingAverage(float(window)), MovingAverage(float(window))),
     )
     u = [sine_input(periods=2, cycles_per_period=cycles, delay_cycles=-shift) for shift in (0, lead)]
     loop = run_star(star, jnp.stack(u))
@@ -286,15 +289,24 @@ def test_devices_side_by_side(shifted):
         np.testing.assert_allclose(loop.y[..., k], run_star(alone, X_SET).y, atol=1e-12)
 
 
-def test_bad_inputs_spoil_their_cycle_and_those_that_remember_it():
-    loop = run_star(CLOSED, X_SET.at[0, 3].set(1.2))
-    assert loop.valid[:3].all()
-    assert not loop.valid[3]
-    assert np.isnan(np.asarray(loop.y)[0, 3])
+@pytest.mark.parametrize("base", [CLOSED, IDEAL], ids=["closed form", "dynamics"])
+def test_a_bad_input_spoils_its_cycle_and_those_that_remember_it(base):
+    """A remembers five cycles. In a cascade B lives on y_A, and remembers the last bad one for three more."""
+    bad = X_SET.at[0, 3].set(1.2)
+    for cascade, good_again in ((False, 9), (True, 12)):
+        loop = run_star(dataclasses.replace(base, cascade=cascade), bad)
+        assert loop.valid[:3].all()
+        assert not loop.valid[3:good_again].any()
+        assert loop.valid[good_again:].all()
+        # A command that is good gives a good input, whatever the memory holds.
+        assert np.flatnonzero(np.isnan(loop.x[0])).tolist() == [3]
+        assert np.flatnonzero(np.isnan(loop.y[0])).tolist() == list(range(3, 9))
+        # B's memory has weight 0 on what A was fed.
+        assert np.flatnonzero(np.isnan(loop.r[1])).tolist() == (list(range(4, 12)) if cascade else [])
 
 
 def test_gradient_through_the_dynamics_and_both_memories():
-    base = dataclasses.replace(IDEAL, wiring=CROSSED, lifetime_s=jnp.asarray(52.7e-3)).prepared()
+    base = dataclasses.replace(IDEAL, memory_inputs=CROSSED, lifetime_s=jnp.asarray(52.7e-3)).prepared()
     x_set = X_SET[:, 3:8]
 
     @jax.jit
@@ -331,5 +343,8 @@ def test_refusals():
         run_star(CLOSED, U)
     with pytest.raises(ValueError, match=r"go together"):
         run_star(CLOSED, X_SET, shots=10)
+    for shots in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"`shots` must be whole and at least 1, but is {shots}"):
+            run_star(CLOSED, X_SET, shots=shots, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"neighbouring lines are left out"):
         CLOSED.off_resonant_transfer()

@@ -27,7 +27,7 @@ def reservoir(nodes=4, tau=None, weight=0.0, graph=None, **more) -> Reservoir:
 
 
 FREE = {
-    "tau": Free(lambda n: n.nodes[0].memory.tau_cycles, 1.0, 30.0),
+    "tau": Free(lambda n: n.devices[0].memory.tau_cycles, 1.0, 30.0),
     "encoding": Free(lambda n: n.encoding.weights, 0.0, 0.7),
 }
 
@@ -35,7 +35,7 @@ FREE = {
 def test_the_read_out_sees_what_is_measured():
     """Errors of a detector belong to the features; counts estimate them."""
     ion = IonMemristor(memory=Exponential(jnp.linspace(1.5, 8.0, 4)), method=ClosedForm(), readout_error_dark=0.1)
-    with_errors = eqx.tree_at(lambda r: r.network.nodes, reservoir(seen=("x", "y")), (ion,))
+    with_errors = eqx.tree_at(lambda r: r.network.devices, reservoir(seen=("x", "y")), (ion,))
     trace = play(with_errors.network, INPUTS)
     features = with_errors.features(INPUTS)
     # Another program than that of all fields: alike to rounding.
@@ -89,7 +89,7 @@ def test_training_lowers_the_error_of_both_parts():
     assert training.after < 0.7 * training.before
     assert training.test_after < 0.8 * training.test_before
     assert training.before == pytest.approx(float(reservoir_nmse(start, INPUTS, TARGETS, SPLIT, 1e-6)))
-    tau = training.reservoir.network.nodes[0].memory.tau_cycles
+    tau = training.reservoir.network.devices[0].memory.tau_cycles
     assert jnp.all((tau > 1.0) & (tau < 30.0))
     test = SPLIT.parts[2]
     predicted = training.reservoir(INPUTS)[test]
@@ -104,7 +104,7 @@ def test_hyper_parameters_are_judged_in_batches():
         whole = reservoir()
         memory = MovingAverage(window * jnp.ones(4))
         return reservoir_nmse(
-            eqx.tree_at(lambda r: r.network.nodes[0].memory, whole, memory), INPUTS, TARGETS, SPLIT, 1e-6, part="test"
+            eqx.tree_at(lambda r: r.network.devices[0].memory, whole, memory), INPUTS, TARGETS, SPLIT, 1e-6, part="test"
         )
 
     windows = jnp.array([1.0, 3.5, 9.0])
@@ -121,7 +121,7 @@ def test_an_output_of_its_own_memory_is_a_network_too():
     x = 1 - jnp.asarray(RUN.inputs[:60, None]) ** 2 * jnp.ones(2)
     tau = jnp.array([3.0, 5.0])
     network = Network(
-        (PhotonicMemristor(memory=Exponential(tau), source="model"),), self_edges(2, kind="memory", of="y")
+        (PhotonicMemristor(memory=Exponential(tau), source="model"),), self_edges(2, kind="memory", carries="y")
     )
     y = play(network, x).y
     np.testing.assert_allclose(y, own_output(tau, x)[:, 1], rtol=1e-13)

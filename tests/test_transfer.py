@@ -16,11 +16,11 @@ from twin.transfer import (
     EXACT,
     ION_NAMES,
     PHOTONIC_NAMES,
-    carried,
     carrier_moments,
-    jacobian,
     jacobian_to_ion,
-    responses,
+    jacobian_to_photonic,
+    projections,
+    propagated_covariance,
     to_ion,
     to_photonic,
     values_of,
@@ -145,7 +145,7 @@ def test_motion_slows_the_area_and_spreads_it_as_the_thermal_law_says():
     ratio = i0(2 * eta**2 * np.sqrt(n_bar * (n_bar + 1)))
     assert float(squares[0]) == pytest.approx(mean**2 * ratio, rel=1e-12)
     element = to_photonic(ion)
-    nu, alpha, _ = responses()["noise"]
+    nu, alpha, _ = projections()["noise"]
     assert float(element.phase_scale_1) == pytest.approx(mean + alpha * (ratio - 1), rel=1e-12)
     assert float(element.phase_noise_1_rad) == pytest.approx(np.sqrt(2 * nu * (ratio - 1)), rel=1e-9)
     # In the ground state nothing is spread, and the zero point slows the area.
@@ -161,7 +161,7 @@ def test_jacobian_agrees_with_finite_differences_and_inverts():
     ion = imperfect()
     names = ("rabi_scale_1", "laser_linewidth_2_hz", "amplitude_noise_1", "lifetime_s", "readout_error_dark",
              "window_cycles")  # fmt: skip
-    found, photonic = np.asarray(jacobian(ion, names)), (*PHOTONIC_NAMES, "window_cycles")
+    found, photonic = np.asarray(jacobian_to_photonic(ion, names)), (*PHOTONIC_NAMES, "window_cycles")
     image = lambda values: np.asarray(values_of(to_photonic(with_values(ion, names, values)), photonic))
     at = np.asarray(values_of(ion, names))
     for k, value in enumerate(at):
@@ -169,7 +169,7 @@ def test_jacobian_agrees_with_finite_differences_and_inverts():
         slope = (image(jnp.asarray(at + step)) - image(jnp.asarray(at - step))) / (2e-5 * value)
         np.testing.assert_allclose(found[:, k], slope, rtol=1e-7, atol=1e-12)
     to, back = tuple(EXACT.values()), tuple(EXACT)
-    there = jacobian(ion, back, to)
+    there = jacobian_to_photonic(ion, back, to)
     again = jacobian_to_ion(to_photonic(ion), to, back, ion)
     np.testing.assert_allclose(again @ there, np.eye(len(back)), atol=1e-12)
 
@@ -179,7 +179,7 @@ def test_covariance_is_that_of_drawn_devices():
     names = ("rabi_scale_1", "readout_error_bright", "readout_error_dark")
     root = np.diag([2e-3, 1e-4, 3e-4]) @ np.array([[1, 0, 0], [0.3, 0.9, 0], [-0.4, 0.2, 0.8]])
     to = ("phase_scale_1", "efficiency", "dark_counts")
-    mine = np.asarray(carried(jacobian(ion, names, to), root @ root.T))
+    mine = np.asarray(propagated_covariance(jacobian_to_photonic(ion, names, to), root @ root.T))
     draws = np.asarray(values_of(ion, names)) + np.random.default_rng(1).normal(size=(20_000, 3)) @ root.T
     image = jax.vmap(lambda values: values_of(to_photonic(with_values(ion, names, values)), to))
     drawn = np.cov(np.asarray(image(jnp.asarray(draws))).T)
@@ -188,8 +188,8 @@ def test_covariance_is_that_of_drawn_devices():
 
 
 def test_derivatives_without_noise_and_without_losses():
-    slope = jacobian(ideal(), ("amplitude_noise_1",), ("phase_noise_1_rad", "phase_scale_1"))
-    np.testing.assert_allclose(slope[:, 0], [np.sqrt(2 * responses()["noise"][0]), 0.0], rtol=1e-12)
+    slope = jacobian_to_photonic(ideal(), ("amplitude_noise_1",), ("phase_noise_1_rad", "phase_scale_1"))
+    np.testing.assert_allclose(slope[:, 0], [np.sqrt(2 * projections()["noise"].contrast), 0.0], rtol=1e-12)
     back = jacobian_to_ion(PhotonicMemristor(memory=MEMORY), ("phase_noise_1_rad", "phase_scale_1", "loss"))
     assert np.all(np.isfinite(back))
     assert back[ION_NAMES.index("amplitude_noise_1"), 0] * slope[0, 0] == pytest.approx(1.0)
@@ -205,20 +205,20 @@ def left():
 
 
 def test_remainder_names_its_causes(left):
-    assert set(left.alone) == {"detuning", "linewidth", "decay", "overlap of pulses"}
+    assert set(left.with_only) == {"detuning", "linewidth", "decay", "overlap of pulses"}
     # Pulses are cut five widths from their centres.
-    assert left.exact.y < 1e-6
-    assert left.total.y > left.without["linewidth"].y
-    for gap in left.alone.values():
-        assert gap.y > 5 * left.exact.y
+    assert left.baseline.y < 1e-6
+    assert left.total.y > left.with_all_but["linewidth"].y
+    for gap in left.with_only.values():
+        assert gap.y > 5 * left.baseline.y
         assert gap.rms_y < gap.y
 
 
 def test_remainder_of_a_linewidth_is_the_light_that_zero_area_does_not_lose(left):
     # At x_set = 0 the ion is exact, and an interferometer of visibility V lets (1 - V)/2 pass.
     dephasing = np.pi * 300.0 * 20e-6
-    nu, _, _ = responses()["dephasing"]
-    assert left.alone["linewidth"].x == pytest.approx(0.5 * nu * dephasing, rel=0.2)
+    nu = projections()["dephasing"].contrast
+    assert left.with_only["linewidth"].x == pytest.approx(0.5 * nu * dephasing, rel=0.2)
 
 
 def test_states_that_are_not_carried(left):
@@ -242,7 +242,7 @@ def test_phase_of_the_output_is_that_of_the_wait(detuning_hz):
 
 def test_an_ideal_ion_leaves_nothing():
     found = remainder(ideal(**SCALED, separation_s=400e-6), points=4)
-    assert found.alone == {}
+    assert found.with_only == {}
     assert found.total.y < 1e-14
     assert found.coherence < 1e-14
     assert found.phase_rad < 1e-14

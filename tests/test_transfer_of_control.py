@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tables import settings
 
-from calibration.angles import angles_for, assigned_probability, population_estimate, signal_of
+from calibration.angles import angles_for, population_estimate, signal_of
 from calibration.intervals import mean_interval
 from calibration.transfer_of_control import (
     DESIGNED_ON,
@@ -58,10 +58,8 @@ def test_angles_are_those_that_commands_stand_for():
     area = lambda share: 2 * jnp.arcsin(jnp.sqrt(share))
     np.testing.assert_allclose(signal_of(device, area(x), 0 * x, alone=True), played.x, atol=1e-14)
     np.testing.assert_allclose(signal_of(device, area(x), area(r), alone=False), played.y, atol=1e-14)
-    np.testing.assert_allclose(assigned_probability(device, played.y), played.p_y, atol=1e-14)
-    np.testing.assert_allclose(
-        population_estimate(device, assigned_probability(device, played.y)), played.y, atol=1e-14
-    )
+    np.testing.assert_allclose(device.assigned_of(played.y), played.p_y, atol=1e-14)
+    np.testing.assert_allclose(population_estimate(device, device.assigned_of(played.y)), played.y, atol=1e-14)
 
 
 @pytest.mark.parametrize(

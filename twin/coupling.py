@@ -16,7 +16,7 @@ class Coupling(eqx.Module):
     """Edges of one kind and delay, ready to be summed.
 
     Attributes:
-        kind, of, delay_cycles: of all its edges.
+        kind, carries, delay_cycles: of all its edges.
         sources: node that each place sums, shape (nodes, most edges to a node); `nodes` where there is none. None for a
             full matrix.
         weight: shape (nodes, most edges to a node), or the matrix (to, from).
@@ -24,7 +24,7 @@ class Coupling(eqx.Module):
     """
 
     kind: str = eqx.field(static=True)
-    of: str = eqx.field(static=True)
+    carries: str = eqx.field(static=True)
     delay_cycles: int = eqx.field(static=True)
     sources: Array | None
     weight: Float[Array, "nodes places"]
@@ -44,15 +44,15 @@ class Coupling(eqx.Module):
 
 def couplings(graph: Graph) -> tuple[Coupling, ...]:
     """One coupling for each sort of edge of the graph."""
-    wiring, made = graph.wiring, []
-    n = wiring.nodes
-    for kind, of, delay, places in wiring.classes:
-        source, target, weight = wiring.source[places], wiring.target[places], graph.weight[places]
+    topology, made = graph.topology, []
+    n = topology.nodes
+    for kind, carries, delay, places in topology.edge_groups:
+        source, target, weight = topology.source[places], topology.target[places], graph.weight[places]
         if places.size > _DENSE * n**2 and n > 2:
             matrix = jnp.zeros((n, n)).at[target, source].add(weight)
             reached = np.zeros((n, n))
             reached[target, source] = 1.0
-            made.append(Coupling(kind, of, delay, None, matrix, jnp.asarray(reached)))
+            made.append(Coupling(kind, carries, delay, None, matrix, jnp.asarray(reached)))
             continue
         # Place of each edge among those that lead to the same node.
         order = np.argsort(target, kind="stable")
@@ -62,5 +62,5 @@ def couplings(graph: Graph) -> tuple[Coupling, ...]:
         sources = np.full((n, counts.max()), n)
         sources[target, column] = source
         padded = jnp.zeros(sources.shape).at[target, column].set(weight)
-        made.append(Coupling(kind, of, delay, jnp.asarray(sources), padded, None))
+        made.append(Coupling(kind, carries, delay, jnp.asarray(sources), padded, None))
     return tuple(made)

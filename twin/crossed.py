@@ -9,7 +9,7 @@ so that B leads by Phi. With S = sin(phi)/phi and the lag phi = pi T/T_osc
     y_A = x_A [1 + S cos(u + Phi - phi)] / 2
 
 In cycles, K a period and n remembered, the same holds exactly with S = sin(n w/2)/(n sin(w/2)), lag w (n + 1)/2 and
-w = 2 pi/K, and every area of a loop of the polygon is smaller by sin(w)/w. Steady state: T after the start.
+w = 2 pi/K, and the whole area of a loop of the polygon is smaller by sin(w)/w. Valid from a time T after the start on.
 
 Areas are the closed integral of y dx, positive where the rising branch lies above. *Intra*: y_A over x_A, *inter*: y_A
 over x_B.
@@ -77,41 +77,61 @@ class CrossedPair(eqx.Module):
     @property
     def inter_area(self) -> Float[Array, "..."]:
         """Area of y_A over x_B: (pi/8) [S sin(lag) - sin(Phi)], with the signs of the lobes."""
-        return math.pi / 8 * (self.shrink * jnp.sin(self.lag_rad) - jnp.sin(self.phase_rad)) * self._polygon
+        return math.pi / 8 * self._width_offset * self._polygon
 
     def inter_width(self, s) -> Float[Array, "..."]:
-        """Rising minus falling branch of y_A at x_B = (1 - cos s)/2, 0 < s < pi."""
-        return jnp.sin(s) / 2 * (self._mean - self.shrink * jnp.cos(s) * jnp.sin(self.phase_rad + self.lag_rad))
+        """Rising minus falling branch of y_A at x_B = (1 - cos s)/2, 0 < s < pi.
+
+        With `cycles_per_period` that of the smooth curve on which the points of the cycles lie.
+        """
+        return jnp.sin(s) / 2 * (self._width_offset - self._width_slope * jnp.cos(s))
 
     @property
-    def _mean(self) -> Float[Array, "..."]:
+    def _width_offset(self) -> Float[Array, "..."]:
+        """S sin(lag) - sin(Phi)."""
         return self.shrink * jnp.sin(self.lag_rad) - jnp.sin(self.phase_rad)
+
+    @property
+    def _width_slope(self) -> Float[Array, "..."]:
+        """S sin(Phi + lag)."""
+        return self.shrink * jnp.sin(self.phase_rad + self.lag_rad)
 
     @property
     def crosses_itself(self) -> Array:
         """Whether the inter loop crosses itself inside: |S sin(lag) - sin(Phi)| < S |sin(Phi + lag)|."""
-        return jnp.abs(self._mean) < jnp.abs(self.shrink * jnp.sin(self.phase_rad + self.lag_rad))
+        return jnp.abs(self._width_offset) < jnp.abs(self._width_slope)
+
+    @property
+    def _crossing_cosine(self) -> Float[Array, "..."]:
+        """cos s at the crossing; -1, the end of the loop, where there is none."""
+        slope = jnp.where(self.crosses_itself, self._width_slope, 1.0)
+        return jnp.where(self.crosses_itself, self._width_offset / slope, -1.0)
 
     @property
     def crossing_x(self) -> Float[Array, "..."]:
         """x_B at which the inter loop crosses itself; NaN where it does not."""
-        turn = self.shrink * jnp.sin(self.phase_rad + self.lag_rad)
-        cosine = self._mean / jnp.where(self.crosses_itself, turn, 1.0)
-        return jnp.where(self.crosses_itself, (1 - cosine) / 2, jnp.nan)
+        return jnp.where(self.crosses_itself, (1 - self._crossing_cosine) / 2, jnp.nan)
 
     @property
     def lobe_areas(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Signed areas of the inter loop below and above its crossing, of the continuum; the whole and 0 without one.
+        """Signed areas of the inter loop below and above its crossing; the whole and 0 without one.
 
         The width times dx_B = sin(s)/2 ds, integrated from 0 to s*:
         [m (s* - sin s* cos s*)/2 - q sin^3(s*)/3]/4 with m = S sin(lag) - sin(Phi), q = S sin(Phi + lag).
+
+        Raises:
+            ValueError: a pair with `cycles_per_period`: lobes of its polygon have no closed form.
         """
-        m, q = self._mean, self.shrink * jnp.sin(self.phase_rad + self.lag_rad)
-        whole = math.pi / 8 * m
-        cosine = jnp.where(self.crosses_itself, m / jnp.where(self.crosses_itself, q, 1.0), -1.0)
+        if self.cycles_per_period is not None:
+            raise ValueError(
+                "`lobe_areas` are those of the continuum, but `cycles_per_period` is "
+                f"{self.cycles_per_period}; leave it out, or take the area of the points."
+            )
+        offset, cosine = self._width_offset, self._crossing_cosine
         s = jnp.arccos(cosine)
         sine = jnp.sin(s)
-        lower = (m * (s - sine * cosine) / 2 - q * sine**3 / 3) / 4
+        lower = (offset * (s - sine * cosine) / 2 - self._width_slope * sine**3 / 3) / 4
+        whole = self.inter_area
         return jnp.where(self.crosses_itself, lower, whole), jnp.where(self.crosses_itself, whole - lower, 0.0)
 
 

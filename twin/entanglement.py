@@ -25,8 +25,9 @@ from twin import qubit_pairs
 from twin.batching import real_array
 from twin.closed_form import flat_root
 from twin.loop import SOURCES, AbstractMemristor, Responder, Response, Settings
+from twin.memory_inputs import OWN, checked_memory_inputs, into_memories
+from twin.memristor import IonMemristor
 from twin.qubit_pairs import Correlations
-from twin.wiring import OWN, into_memories, wiring_weights
 
 # Inputs by which a node shows its channel: nothing, everything, and an even superposition.
 _PROBES = (0.0, 1.0, 0.5)
@@ -39,22 +40,22 @@ class QubitChannel(eqx.Module):
     level that is not repumped is missing: the trace falls.
 
     Attributes:
-        transfer: populations out (first axis) of populations in, order v, s; shape (2, 2, *batch).
-        factor: real and imaginary part of the factor of rho_vs, shape (2, *batch).
+        population_matrix: populations out (first axis) of populations in, order v, s; shape (2, 2, *batch).
+        coherence_factor: real and imaginary part of the factor of rho_vs, shape (2, *batch).
         residual: by how much the device's own output populations differ from this map for an input that was not used
             to find it; shape (*batch). Zero where pulses are apart and do not share noise. The factor is not checked.
         valid: shape (*batch); NaN elsewhere.
     """
 
-    transfer: Float[Array, "2 2 ..."]
-    factor: Float[Array, "2 ..."]
+    population_matrix: Float[Array, "2 2 ..."]
+    coherence_factor: Float[Array, "2 ..."]
     residual: Float[Array, "..."]
     valid: Bool[Array, "..."]
 
     def pauli(self) -> Float[Array, "4 4 ..."]:
         """The channel as a real matrix on (I, X, Y, Z): (P_v + P_s, 2 Re rho_vs, -2 Im rho_vs, P_v - P_s)."""
-        (vv, vs), (sv, ss) = self.transfer
-        real, imag = self.factor
+        (vv, vs), (sv, ss) = self.population_matrix
+        real, imag = self.coherence_factor
         zero = jnp.zeros_like(real)
         return 0.5 * jnp.stack(
             [
@@ -67,13 +68,13 @@ class QubitChannel(eqx.Module):
 
     def smallest_choi_eigenvalue(self) -> Float[Array, "..."]:
         """Smallest eigenvalue of the Choi matrix: not negative for a completely positive map."""
-        (vv, vs), (sv, ss) = self.transfer
+        (vv, vs), (sv, ss) = self.population_matrix
         both, apart = 0.5 * (vv + ss), 0.5 * (vv - ss)
-        size = jnp.sqrt(apart**2 + self.factor[0] ** 2 + self.factor[1] ** 2)
+        size = jnp.sqrt(apart**2 + self.coherence_factor[0] ** 2 + self.coherence_factor[1] ** 2)
         return jnp.minimum(both - size, jnp.minimum(vs, sv))
 
 
-def damping(r) -> QubitChannel:
+def amplitude_damping(r) -> QubitChannel:
     """The ideal node, amplitude damping with transfer r in [0, 1], shape (*batch).
 
     The derivative of its factor diverges at r = 1 and is given as 0 exactly there: see `twin.closed_form.flat_root`.
@@ -82,8 +83,8 @@ def damping(r) -> QubitChannel:
     valid = (r >= 0) & (r <= 1)
     r = jnp.where(valid, r, jnp.nan)
     zero, one = jnp.zeros_like(r), jnp.ones_like(r)
-    transfer = jnp.stack([jnp.stack([one, r]), jnp.stack([zero, 1 - r])])
-    return QubitChannel(transfer, jnp.stack([flat_root(1 - r), zero]), zero, valid)
+    matrix = jnp.stack([jnp.stack([one, r]), jnp.stack([zero, 1 - r])])
+    return QubitChannel(matrix, jnp.stack([flat_root(1 - r), zero]), zero, valid)
 
 
 def node_channel(device: AbstractMemristor, r) -> QubitChannel:
@@ -114,7 +115,8 @@ def _node_channel(device: AbstractMemristor, r) -> QubitChannel:
 
 def prepared_node(device: AbstractMemristor, cycles: int) -> AbstractMemristor:
     """The device with its method decided for that many cycles; needed before `jit` and `grad`."""
-    if getattr(getattr(device, "ion", device), "slow_noise", None) is not None:
+    ion = device.unwrapped
+    if isinstance(ion, IonMemristor) and ion.slow_noise is not None:
         # One draw rules both pulses: a ratio of averages is not the average of the factors.
         raise ValueError(
             "responses averaged over `slow_noise` do not show the channel of a node; leave it out, or play devices of "
@@ -139,11 +141,11 @@ def channel_of(respond: Responder, r: Float[Array, "cycles ..."]) -> QubitChanne
     (a, b), (c, d) = (run.coherence_vs[:, 2 * cycles :] for run in (before, after))
     square = a**2 + b**2
     factor = jnp.stack([(c * a + d * b) / square, (d * a - c * b) / square])
-    transfer = jnp.stack([jnp.stack(row) for row in rows])
+    matrix = jnp.stack([jnp.stack(row) for row in rows])
     missed = [jnp.abs(rows[k][0] * half_in[0] + rows[k][1] * half_in[1] - half[k]) for k in (0, 1)]
     valid = jnp.all((before.valid & after.valid).reshape((len(_PROBES), *r.shape)), axis=0)
     return QubitChannel(
-        jnp.where(valid, transfer, jnp.nan),
+        jnp.where(valid, matrix, jnp.nan),
         jnp.where(valid, factor, jnp.nan),
         jnp.where(valid, jnp.maximum(*missed), jnp.nan),
         valid,
@@ -170,7 +172,7 @@ class PairTrace(eqx.Module):
         r: transfer of each node, the same shape.
         concurrence_in, concurrence_out, negativity_in, negativity_out, coherence_in, coherence_out: of the pair, shape
             (cycles, *batch); as it is, not divided by the trace.
-        trace: probability that nothing has leaked.
+        kept: probability that nothing has leaked.
         residual: largest of the two nodes' channels, see `QubitChannel`.
         valid: shape (cycles, *batch).
     """
@@ -186,32 +188,35 @@ class PairTrace(eqx.Module):
     negativity_out: Float[Array, "cycles ..."]
     coherence_in: Float[Array, "cycles ..."]
     coherence_out: Float[Array, "cycles ..."]
-    trace: Float[Array, "cycles ..."]
+    kept: Float[Array, "cycles ..."]
     residual: Float[Array, "cycles ..."]
     valid: Bool[Array, "cycles ..."]
 
 
-def play_pair(nodes: tuple[AbstractMemristor, AbstractMemristor], states: Correlations, *, wiring=OWN) -> PairTrace:
+def play_pair(
+    nodes: tuple[AbstractMemristor, AbstractMemristor], states: Correlations, *, memory_inputs=OWN
+) -> PairTrace:
     """A new pair in each cycle through two nodes, whose memories average the populations that they were fed.
 
     Args:
         nodes: A and B, of either platform each. Their `source` says what enters a memory: "measured", the probability
             that the reduced input would be assigned to s; "model" and "command", its population.
         states: the pair of each cycle, shape (4, 4, cycles, *batch): see `twin.qubit_pairs`.
-        wiring: `OWN`, `CROSSED` (each memory averages what the other node was fed), or weights.
+        memory_inputs: `OWN`, `CROSSED` (each memory averages what the other node was fed), or weights.
 
     Returns:
         A `PairTrace`.
 
     Raises:
-        ValueError: states of another shape, a bad wiring, an unknown source, or an ion with `slow_noise`.
+        ValueError: states of another shape, `memory_inputs` that are no averages, an unknown source, or an ion with
+            `slow_noise`.
 
     Example:
         >>> nodes = (PhotonicMemristor(memory=MovingAverage(10.0)),) * 2
         >>> trace = play_pair(nodes, one_excitation(sine_input(periods=3, cycles_per_period=40)))
     """
     _check(nodes, states, 3)
-    weights = wiring_weights(wiring)
+    weights = checked_memory_inputs(memory_inputs)
     prepared = tuple(prepared_node(node, states.shape[2]) for node in nodes)
     return _play_pair(prepared, states, weights)
 
@@ -225,7 +230,7 @@ def _play_pair(nodes, states, weights) -> PairTrace:
 
 
 def store_pair(
-    nodes: tuple[AbstractMemristor, AbstractMemristor], state: Correlations, cycles: int, *, wiring=OWN
+    nodes: tuple[AbstractMemristor, AbstractMemristor], state: Correlations, cycles: int, *, memory_inputs=OWN
 ) -> PairTrace:
     """One pair that passes the nodes again and again, each cycle's output the next cycle's input.
 
@@ -235,7 +240,7 @@ def store_pair(
         A `PairTrace` whose `state_in` of a cycle is `state_out` of the one before.
     """
     _check(nodes, state, 2)
-    weights = wiring_weights(wiring)
+    weights = checked_memory_inputs(memory_inputs)
     # The buffer's length is static, so the memories start outside jit, where a known window is known.
     memories = tuple(node.memory.init(state.shape[2:]) for node in nodes)
     return _store_pair(tuple(prepared_node(node, 1) for node in nodes), memories, state, cycles, weights)
@@ -259,7 +264,9 @@ def _store_pair(nodes, memories, state, cycles: int, weights) -> PairTrace:
     _, (states, outs, r, channels) = jax.lax.scan(cycle, (state, memories), None, length=cycles)
     states, outs = (jnp.moveaxis(a, 0, 2) for a in (states, outs))
     channels = [
-        QubitChannel(jnp.moveaxis(c.transfer, 0, 2), jnp.moveaxis(c.factor, 0, 1), c.residual, c.valid)
+        QubitChannel(
+            jnp.moveaxis(c.population_matrix, 0, 2), jnp.moveaxis(c.coherence_factor, 0, 1), c.residual, c.valid
+        )
         for c in channels
     ]
     return _trace(states, outs, jnp.moveaxis(r, 0, 1), channels)
@@ -281,22 +288,9 @@ def _check(nodes, states: Correlations, axes: int) -> None:
 def _fed(nodes, states: Correlations) -> Float[Array, "2 ..."]:
     """What each node's own input looks like to a controller."""
     x = qubit_pairs.excitations(states)
-    rows = []
-    for k, node in enumerate(nodes):
-        if node.source != "measured":
-            rows.append(x[k])
-            continue
-        # A fourth level, where the device has one, is empty in an input.
-        levels = [1 - x[k], x[k], jnp.zeros_like(x[k])] + [jnp.zeros_like(x[k])] * (_levels(node) - 3)
-        rows.append(node.assigned(jnp.stack(levels)))
-    return jnp.stack(rows)
-
-
-def _levels(node: AbstractMemristor) -> int:
-    """Number of levels, from a response that is described and not computed."""
-    probe = jnp.array([0.5])
-    respond = lambda: node.under(Settings())(probe, probe, alone=True).populations
-    return jax.eval_shape(respond).shape[0]
+    return jnp.stack(
+        [node.assigned_of(own) if node.source == "measured" else own for node, own in zip(nodes, x, strict=True)]
+    )
 
 
 def _trace(states, outs, r, channels) -> PairTrace:
@@ -314,7 +308,7 @@ def _trace(states, outs, r, channels) -> PairTrace:
         qubit_pairs.excitations(outs),
         jnp.broadcast_to(r, (2, *valid.shape)),
         *(value for pair in measures for value in pair),
-        trace=outs[0, 0],
+        kept=outs[0, 0],
         residual=jnp.broadcast_to(jnp.maximum(a.residual, b.residual), valid.shape),
         valid=valid,
     )

@@ -15,47 +15,48 @@ from jaxtyping import Array, Float
 from twin.batching import physical, real_array
 
 KINDS = ("input", "memory")
-SENT = ("x", "y")
+CARRIED = ("x", "y")
 
 
-class Wiring:
+class Topology:
     """Where edges lead: fixed when a program is compiled, compared by content.
 
     Attributes:
         nodes: number of nodes.
         source, target, delay_cycles: integers, shape (edges,).
-        kind: places in `KINDS`; of: places in `SENT`; shape (edges,).
+        kind: places in `KINDS`; carries: places in `CARRIED`; shape (edges,).
     """
 
-    def __init__(self, nodes: int, source, target, delay_cycles, kind, of):
+    def __init__(self, nodes: int, source, target, delay_cycles, kind, carries):
         self.nodes = nodes
-        self.source, self.target, self.delay_cycles, self.kind, self.of = (
-            np.asarray(a, np.int64) for a in (source, target, delay_cycles, kind, of)
+        self.source, self.target, self.delay_cycles, self.kind, self.carries = (
+            np.asarray(a, np.int64) for a in (source, target, delay_cycles, kind, carries)
         )
         self._content = (nodes, *(a.tobytes() for a in (self.source, self.target, self.delay_cycles)))
-        self._content += (self.kind.tobytes(), self.of.tobytes())
+        self._content += (self.kind.tobytes(), self.carries.tobytes())
         self._hash = hash(self._content)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Wiring) and (self is other or self._content == other._content)
+        return isinstance(other, Topology) and (self is other or self._content == other._content)
 
     def __repr__(self) -> str:
-        return f"Wiring({self.nodes} nodes, {self.source.size} edges)"
+        return f"Topology({self.nodes} nodes, {self.source.size} edges)"
 
     @functools.cached_property
-    def classes(self) -> tuple[tuple[str, str, int, np.ndarray], ...]:
-        """(kind, of, delay, places of the edges) of each sort of edge that occurs."""
+    def edge_groups(self) -> tuple[tuple[str, str, int, np.ndarray], ...]:
+        """(kind, carried output, delay, places of the edges) of each sort of edge that occurs."""
         found = {}
-        for place, key in enumerate(zip(self.kind.tolist(), self.of.tolist(), self.delay_cycles.tolist(), strict=True)):
+        keys = zip(self.kind.tolist(), self.carries.tolist(), self.delay_cycles.tolist(), strict=True)
+        for place, key in enumerate(keys):
             found.setdefault(key, []).append(place)
-        return tuple((KINDS[k], SENT[o], d, np.array(places)) for (k, o, d), places in sorted(found.items()))
+        return tuple((KINDS[k], CARRIED[o], d, np.array(places)) for (k, o, d), places in sorted(found.items()))
 
     @functools.cached_property
-    def remembers_others(self) -> np.ndarray:
-        """Nodes whose memory is fed by edges in place of their own input, shape (nodes,)."""
+    def has_memory_edges(self) -> np.ndarray:
+        """Nodes whose memory is fed by edges, their own perhaps, in place of the input x; shape (nodes,)."""
         named = np.zeros(self.nodes, bool)
         named[self.target[self.kind == KINDS.index("memory")]] = True
         return named
@@ -68,19 +69,19 @@ class Wiring:
         ranks = _ranks(self.nodes, pairs)
         if ranks is None:
             raise ValueError(
-                "input edges with `delay_cycles` 0 must not close a circle, but these do: an output cannot reach its "
-                "own input within the cycle; give one of them a delay of at least 1."
+                "input edges with `delay_cycles` 0 form an algebraic loop: an output would reach its own input within "
+                "the same cycle. Give one of them a delay of at least 1."
             )
         return ranks
 
     @functools.cached_property
     def order(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ranks of all x and of all y, each over the whole record, shapes (nodes,); None where they form a circle."""
+        """Ranks of all x and of all y, each over the whole record, shapes (nodes,); None where one needs itself."""
         n, pairs = self.nodes, []
         x, y = np.arange(n), n + np.arange(n)
         pairs += list(zip(x.tolist(), y.tolist(), strict=True))
-        for kind, of, _, places in self.classes:
-            start = self.source[places] + (n if of == "y" else 0)
+        for kind, carries, _, places in self.edge_groups:
+            start = self.source[places] + (n if carries == "y" else 0)
             end = self.target[places] + (n if kind == "memory" else 0)
             pairs += list(zip(start.tolist(), end.tolist(), strict=True))
         ranks = _ranks(2 * n, pairs)
@@ -88,7 +89,7 @@ class Wiring:
 
 
 def _ranks(vertices: int, pairs: list[tuple[int, int]]) -> np.ndarray | None:
-    """Length of the longest way to each vertex; None where there is a circle."""
+    """Length of the longest way to each vertex; None where there is a cycle of edges."""
     before = {v: set() for v in range(vertices)}
     for start, end in pairs:
         before[end].add(start)
@@ -103,19 +104,19 @@ def _ranks(vertices: int, pairs: list[tuple[int, int]]) -> np.ndarray | None:
 
 
 class Graph(eqx.Module):
-    """Edges between nodes; make it with `Graph.of` or a helper, and add graphs to join their edges.
+    """Edges between nodes; make it with `Graph.from_edges` or a helper, and add graphs to join their edges.
 
     Attributes:
-        wiring: where the edges lead.
+        topology: where the edges lead.
         weight: shape (edges,).
     """
 
-    wiring: Wiring = eqx.field(static=True)
+    topology: Topology = eqx.field(static=True)
     weight: Float[Array, " edges"] = physical(None)
 
     @classmethod
-    def of(
-        cls, nodes: int, source=(), target=(), weight=1.0, *, delay_cycles=None, kind: str = "input", of: str = ""
+    def from_edges(
+        cls, nodes: int, source=(), target=(), weight=1.0, *, delay_cycles=None, kind: str = "input", carries: str = ""
     ) -> "Graph":
         """Edges of one kind.
 
@@ -127,17 +128,17 @@ class Graph(eqx.Module):
                 default; 0 acts within the cycle. A memory edge has 0: the cycle enters the memory as it ends.
             kind: "input" adds `weight` times the output of the source to the commanded input of the target; "memory"
                 adds `weight` times what the source sends to what enters the target's memory.
-            of: what a memory edge sends, "x" (default) or "y" of the source. An input edge sends y.
+            carries: what a memory edge sends, "x" (default) or "y" of the source. An input edge sends y.
 
         Raises:
-            ValueError: an unknown kind or `of`; nodes or delays that are out of range; weights that are not as many as
-                the edges; input edges without delay that close a circle.
+            ValueError: an unknown kind or `carries`; nodes or delays that are out of range; weights that are not as
+                many as the edges; input edges without delay that form an algebraic loop.
         """
         if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {KINDS}, but is {kind!r}; see `Graph.of`.")
-        of = of or ("y" if kind == "input" else "x")
-        if of not in SENT or (kind == "input" and of != "y"):
-            raise ValueError(f"`of` must be 'x' or 'y' for memory edges and 'y' for input edges, but is {of!r}.")
+            raise ValueError(f"`kind` must be one of {KINDS}, but is {kind!r}; see `Graph.from_edges`.")
+        carries = carries or ("y" if kind == "input" else "x")
+        if carries not in CARRIED or (kind == "input" and carries != "y"):
+            raise ValueError(f"`carries` must be 'x' or 'y' for memory edges, 'y' for input edges, but is {carries!r}.")
         delay_cycles = (1 if kind == "input" else 0) if delay_cycles is None else delay_cycles
         source, target, delays = np.broadcast_arrays(source, target, delay_cycles)
         source, target, delays = (np.atleast_1d(a) for a in (source, target, delays))
@@ -154,67 +155,75 @@ class Graph(eqx.Module):
                     f"this graph has {nodes} nodes."
                 )
         like = np.ones(source.shape, int)
-        wiring = Wiring(nodes, source, target, delays, KINDS.index(kind) * like, SENT.index(of) * like)
-        _ = wiring.step_ranks  # refuses circles
+        topology = Topology(nodes, source, target, delays, KINDS.index(kind) * like, CARRIED.index(carries) * like)
+        _ = topology.step_ranks  # refuses algebraic loops
         weight = real_array(weight)
         if weight.shape not in ((), source.shape):
             raise ValueError(
                 f"`weight` must be one number or one for each of {source.size} edges, but has shape {weight.shape}."
             )
-        return cls(wiring, jnp.broadcast_to(weight, source.shape))
+        return cls(topology, jnp.broadcast_to(weight, source.shape))
 
     def __add__(self, other: "Graph") -> "Graph":
         """The edges of both."""
-        a, b = self.wiring, other.wiring
+        a, b = self.topology, other.topology
         if a.nodes != b.nodes:
             raise ValueError(f"graphs with {a.nodes} and {b.nodes} nodes cannot be joined; give both the same `nodes`.")
-        fields = ("source", "target", "delay_cycles", "kind", "of")
-        wiring = Wiring(a.nodes, *(np.concatenate([getattr(a, f), getattr(b, f)]) for f in fields))
-        _ = wiring.step_ranks
-        return Graph(wiring, jnp.concatenate([self.weight, other.weight]))
+        fields = ("source", "target", "delay_cycles", "kind", "carries")
+        topology = Topology(a.nodes, *(np.concatenate([getattr(a, f), getattr(b, f)]) for f in fields))
+        _ = topology.step_ranks
+        return Graph(topology, jnp.concatenate([self.weight, other.weight]))
 
     @property
     def nodes(self) -> int:
         """Number of nodes."""
-        return self.wiring.nodes
+        return self.topology.nodes
 
 
 def uncoupled(nodes: int) -> Graph:
     """No edges."""
-    return Graph.of(nodes)
+    return Graph.from_edges(nodes)
 
 
 def ring(nodes: int, weight=1.0, **more) -> Graph:
-    """Node i reaches node i + 1, the last one the first. `more`: as for `Graph.of`, here and below."""
+    """Node i reaches node i + 1, the last one the first.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
+    """
     i = np.arange(nodes)
-    return Graph.of(nodes, i, (i + 1) % nodes, weight, **more)
+    return Graph.from_edges(nodes, i, (i + 1) % nodes, weight, **more)
 
 
 def all_to_all(nodes: int, weight=1.0, **more) -> Graph:
-    """Each node reaches all others; weights of shape (edges,) go source by source."""
+    """Each node reaches all others; weights of shape (edges,) go source by source.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
+    """
     source, target = np.nonzero(~np.eye(nodes, dtype=bool))
-    return Graph.of(nodes, source, target, weight, **more)
+    return Graph.from_edges(nodes, source, target, weight, **more)
 
 
 def cascade(nodes: int, weight=1.0, *, delay_cycles=0, **more) -> Graph:
-    """Node i reaches node i + 1, within the cycle by default."""
+    """Node i reaches node i + 1, within the cycle by default. `**more`: `kind` and `carries` of `Graph.from_edges`."""
     i = np.arange(nodes - 1)
-    return Graph.of(nodes, i, i + 1, weight, delay_cycles=delay_cycles, **more)
+    return Graph.from_edges(nodes, i, i + 1, weight, delay_cycles=delay_cycles, **more)
 
 
 def nearest_neighbours(nodes: int, weight=1.0, **more) -> Graph:
-    """Neighbours in a line reach each other."""
+    """Neighbours in a line reach each other. `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`."""
     i = np.arange(nodes - 1)
-    return Graph.of(nodes, np.concatenate([i, i + 1]), np.concatenate([i + 1, i]), weight, **more)
+    return Graph.from_edges(nodes, np.concatenate([i, i + 1]), np.concatenate([i + 1, i]), weight, **more)
 
 
 def self_edges(nodes: int, weight=1.0, **more) -> Graph:
-    """Each node reaches itself."""
-    return Graph.of(nodes, np.arange(nodes), np.arange(nodes), weight, **more)
+    """Each node reaches itself. `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`."""
+    return Graph.from_edges(nodes, np.arange(nodes), np.arange(nodes), weight, **more)
 
 
 def random_sparse(nodes: int, degree: int, weight=1.0, *, seed: int, **more) -> Graph:
     """Each node is reached by `degree` others, drawn without repetition.
+
+    `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
 
     Raises:
         ValueError: a degree below 1, or above the number of other nodes.
@@ -224,12 +233,12 @@ def random_sparse(nodes: int, degree: int, weight=1.0, *, seed: int, **more) -> 
     rng = np.random.default_rng(seed)
     others = [rng.choice(nodes - 1, degree, replace=False) for _ in range(nodes)]
     source = np.concatenate([np.where(o >= i, o + 1, o) for i, o in enumerate(others)])
-    return Graph.of(nodes, source, np.repeat(np.arange(nodes), degree), weight, **more)
+    return Graph.from_edges(nodes, source, np.repeat(np.arange(nodes), degree), weight, **more)
 
 
 def crossed(weight=1.0) -> Graph:
     """Two nodes, each of which remembers the inputs of the other."""
-    return Graph.of(2, [0, 1], [1, 0], weight, kind="memory")
+    return Graph.from_edges(2, [0, 1], [1, 0], weight, kind="memory")
 
 
 def shared_memory(nodes: int, own, neighbours) -> Graph:
@@ -237,9 +246,7 @@ def shared_memory(nodes: int, own, neighbours) -> Graph:
 
     Transfers stay in [0, 1] where own + 2 neighbours = 1 and both are not negative.
     """
-    more = {"kind": "memory"}
     i = np.arange(nodes)
-    around = Graph.of(
-        nodes, np.concatenate([i, i]), np.concatenate([(i + 1) % nodes, (i - 1) % nodes]), neighbours, **more
-    )
-    return self_edges(nodes, own, **more) + around
+    beside = np.concatenate([(i + 1) % nodes, (i - 1) % nodes])
+    around = Graph.from_edges(nodes, np.concatenate([i, i]), beside, neighbours, kind="memory")
+    return self_edges(nodes, own, kind="memory") + around

@@ -20,7 +20,7 @@ from twin.batch import in_blocks
 from twin.batching import Rows, batch_shape, is_traced, physical, real_array
 from twin.closed_form import flat_root
 from twin.memory import AbstractMemory
-from twin.readout import sample_counts
+from twin.readout import check_shots, sample_counts
 
 SOURCES = ("measured", "model", "command")
 # Devices in a block of a large batch: larger blocks leave the cache, smaller ones wait for their loops.
@@ -140,6 +140,16 @@ class AbstractMemristor(eqx.Module):
         """Whether devices along the batch axes influence each other, so that a batch must not be cut."""
         return False
 
+    @property
+    def unwrapped(self) -> "AbstractMemristor":
+        """The device inside, of one that is made of another: the ion of a register, for example."""
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """Number of devices side by side, over all batch axes."""
+        return math.prod(batch_shape(self))
+
     @abc.abstractmethod
     def prepared(self, x_set, settings: Settings) -> "AbstractMemristor":
         """The device with everything decided that must be decided from values (method, grid); traced values pass."""
@@ -167,6 +177,16 @@ class AbstractMemristor(eqx.Module):
     @abc.abstractmethod
     def assigned(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
         """Probability that the readout assigns s."""
+
+    @property
+    def level_count(self) -> int:
+        """Number of levels of `Response.populations`; v, s and m come first."""
+        return 3 if self.unwrapped is self else self.unwrapped.level_count
+
+    def assigned_of(self, signal: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Probability that the readout assigns s where the population of s is `signal`, and the rest is in v."""
+        empty = [jnp.zeros_like(signal)] * (self.level_count - 2)
+        return self.assigned(jnp.stack([1 - signal, signal, *empty]))
 
     def assigned_next(self, populations: Float[Array, "levels ..."]) -> Float[Array, "..."]:
         """Probability that a shot is not assigned to s, and then to m by a second detection."""
@@ -232,14 +252,13 @@ def run(
         A `Loop`.
 
     Raises:
-        ValueError: shots without a key or the reverse; an unknown memory source.
+        ValueError: shots below 1, fractional, without a key, or a key without shots; an unknown memory source.
 
     Example:
         >>> device = IonMemristor(memory=MovingAverage(10.0), method=ClosedForm())
         >>> loop = run(device, sine_input(periods=3, cycles_per_period=40))
     """
-    if (shots is None) != (key is None):
-        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    check_shots(shots, key)
     if device.source not in SOURCES:
         raise ValueError(f"the memory's `source` must be one of {SOURCES}, but is {device.source!r}.")
     x_set = real_array(x_set)

@@ -244,6 +244,10 @@ class IonMemristor(AbstractMemristor):
             return assignment_probability(p, bright, dark)
         return assignment_probability(p, dark, bright)
 
+    @property
+    def level_count(self) -> int:
+        return len(self._scheme.levels)
+
     def assigned_next(self, populations) -> Float[Array, "..."]:
         scheme = self._scheme
         if "top" in {which for _, _, which in scheme.decays}:

@@ -10,7 +10,6 @@ that it depends on. Before the first cycle outputs that input edges carry are 0,
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -19,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from twin.batching import batch_shape, check_values, is_traced, physical, real_array
+from twin.batching import batch_shape, is_traced, physical, real_array
 from twin.coupling import Coupling, couplings
-from twin.graph import Graph
+from twin.graph import CARRIED, Graph
 from twin.loop import SOURCES, AbstractMemristor, within_rounding
 from twin.memory import HISTORY
 from twin.node_series import has_series
-from twin.player import Player, prepared, tabulated
-from twin.readout import sample_counts
+from twin.player import Player, prepared, solved
+from twin.readout import check_shots, sample_counts
 
 FORMS = ("auto", "scan", "parallel")
 FIELDS = ("x_set", "r", "x", "y", "p_x", "p_y", "valid")
@@ -54,34 +53,46 @@ class Network(eqx.Module):
     """Memristors, and the edges between them.
 
     Args:
-        nodes: devices; each stands for as many nodes as its parameters have lanes, in this order. Platforms may be
-            mixed.
+        devices: each stands for as many nodes as its parameters have lanes, in this order. Platforms may be mixed.
         graph: edges between all the nodes.
         encoding: None for inputs that are commands already, one channel a node.
-        sizes: nodes of each device, where its parameters do not say; without it one device alone stands for all.
+        nodes_per_device: where the parameters do not say; without it one device alone stands for all nodes.
 
     Raises:
-        ValueError: parameters that do not fit the sizes, sizes that do not add up to the nodes of the graph, an
-            encoding of another shape, an unknown memory source.
+        ValueError: parameters that do not fit `nodes_per_device`, numbers that do not add up to the nodes of the graph,
+            an encoding of another shape, an unknown memory source.
     """
 
-    nodes: tuple[AbstractMemristor, ...]
+    devices: tuple[AbstractMemristor, ...]
     graph: Graph
-    encoding: Encoding | None = None
-    sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    encoding: Encoding | None
+    nodes_per_device: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        devices: tuple[AbstractMemristor, ...],
+        graph: Graph,
+        encoding: Encoding | None = None,
+        nodes_per_device: tuple[int, ...] | None = None,
+    ):
+        if nodes_per_device is None:
+            lanes = tuple(device.lanes for device in devices)
+            nodes_per_device = (graph.nodes,) if lanes == (1,) else lanes
+        self.devices, self.graph, self.encoding, self.nodes_per_device = devices, graph, encoding, nodes_per_device
 
     def __check_init__(self):
         total = self.graph.nodes
-        if len(self.counts) != len(self.nodes):
+        if len(self.nodes_per_device) != len(self.devices):
             raise ValueError(
-                f"`sizes` must have one number for each of {len(self.nodes)} devices, but is {self.sizes}."
+                f"`nodes_per_device` must have one number for each of {len(self.devices)} devices, "
+                f"but is {self.nodes_per_device}."
             )
-        if sum(self.counts) != total:
+        if sum(self.nodes_per_device) != total:
             raise ValueError(
-                f"the devices stand for {self.counts} nodes, but the graph has {total}; "
-                "give `sizes`, or parameters of that many lanes."
+                f"the devices stand for {self.nodes_per_device} nodes, but the graph has {total}; "
+                "give `nodes_per_device`, or parameters of that many lanes."
             )
-        for device, count in zip(self.nodes, self.counts, strict=True):
+        for device, count in zip(self.devices, self.nodes_per_device, strict=True):
             shape = batch_shape(device)
             if shape not in ((), (1,), (count,)):
                 raise ValueError(
@@ -100,20 +111,10 @@ class Network(eqx.Module):
                 raise ValueError(f"the encoding's `bias` must be one number or have shape ({total},), but has {b}.")
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of nodes of each device."""
-        if self.sizes is not None:
-            return self.sizes
-        lanes = [getattr(d, "count", None) or math.prod(batch_shape(d)) for d in self.nodes]
-        if len(lanes) == 1 and lanes[0] == 1:
-            return (self.graph.nodes,)
-        return tuple(lanes)
-
-    @property
     def groups(self) -> tuple[slice, ...]:
         """Places of the nodes of each device among all of them."""
-        ends = np.cumsum(self.counts)
-        return tuple(slice(int(e) - c, int(e)) for e, c in zip(ends, self.counts, strict=True))
+        ends = np.cumsum(self.nodes_per_device)
+        return tuple(slice(int(e) - c, int(e)) for e, c in zip(ends, self.nodes_per_device, strict=True))
 
     def commands(self, inputs: Float[Array, "steps channels"]) -> Float[Array, "steps nodes"]:
         """What inputs alone command, before edges add to it."""
@@ -135,22 +136,22 @@ class Network(eqx.Module):
         """The network with the methods of its devices decided and laid; devices with traced values pass."""
         # Known values stay known where the caller differentiates or compiles something else.
         with jax.ensure_compile_time_eval():
-            return self._with(tuple(prepared(device) for device in self.nodes))
+            return self._with(tuple(prepared(device) for device in self.devices))
 
-    def tabulated(self) -> "Network":
+    def solved(self) -> "Network":
         """The network with the full dynamics of its ions solved beforehand, for many records of the same devices.
 
-        Ions that `node_series` can stand for become `Tabulated`; others, and traced ones, pass. Edges, encoding and
+        Ions that `node_series` can stand for become `SolvedIon`; others, and traced ones, pass. Edges, encoding and
         memories may change afterwards.
         """
         laid = self.prepared()
         with jax.ensure_compile_time_eval():
-            known = (has_series(d) and not is_traced(d) for d in laid.nodes)
-            return self._with(tuple(tabulated(d) if k else d for d, k in zip(laid.nodes, known, strict=True)))
+            known = (has_series(d) and not is_traced(d) for d in laid.devices)
+            return self._with(tuple(solved(d) if k else d for d, k in zip(laid.devices, known, strict=True)))
 
-    def _with(self, nodes: tuple[AbstractMemristor, ...]) -> "Network":
-        same = all(new is old for new, old in zip(nodes, self.nodes, strict=True))
-        return self if same else dataclasses.replace(self, nodes=nodes)
+    def _with(self, devices: tuple[AbstractMemristor, ...]) -> "Network":
+        same = all(new is old for new, old in zip(devices, self.devices, strict=True))
+        return self if same else dataclasses.replace(self, devices=devices)
 
 
 class Trace(eqx.Module):
@@ -197,7 +198,7 @@ def play(
             is parallel where that is possible and faster: on an accelerator, or for few nodes.
         keep: fields of the trace to write; a long record of a large network may not fit with all of them.
         checkpoint_cycles: of a scan, for reverse-mode derivatives of long records: states are stored once in so many
-            cycles, and what lies between is computed again. None stores every cycle.
+            cycles, and what lies between is computed again. None stores every cycle; the parallel form ignores it.
 
     Returns:
         A `Trace`. What a node sends is what a controller sees: by the device's source counts over shots or their
@@ -211,10 +212,7 @@ def play(
         >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
         >>> features = play(network, u[:, None]).y
     """
-    if (shots is None) != (key is None):
-        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
-    whole = lambda n: (n >= 1) & (n == np.floor(n))
-    check_values("shots", shots, whole, "whole and at least 1", "None plays expectation values")
+    check_shots(shots, key)
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
     if checkpoint_cycles is not None and checkpoint_cycles < 1:
@@ -222,19 +220,19 @@ def play(
     unknown = [name for name in keep if name not in FIELDS]
     if unknown:
         raise ValueError(f"`keep` may name {FIELDS}, but has {unknown[0]!r}.")
-    order = network.graph.wiring.order
+    order = network.graph.topology.order
     if form == "parallel" and order is None:
         raise ValueError("outputs come back in this graph, so that cycles must follow each other; use form 'scan'.")
     inputs = real_array(inputs)
     if inputs.ndim == 2 and inputs.shape[0] == 0:
         raise ValueError("`inputs` have no steps; give at least one row.")
-    network = network.tabulated()  # solved apart: a program of its own serves every graph and length
+    network = network.solved()  # apart: a program of its own serves every graph and length
     keep = tuple(name for name in FIELDS if name in keep)
     shots = None if shots is None else real_array(shots)
     many = network.graph.nodes >= _MANY and jax.local_devices()[0].platform == "cpu"
     if form == "scan" or order is None or (form == "auto" and many):
         # The length of a buffer is static, so memories start outside jit, where a known window is known.
-        states = tuple(d.memory.init((c,)) for d, c in zip(network.nodes, network.counts, strict=True))
+        states = tuple(d.memory.init((c,)) for d, c in zip(network.devices, network.nodes_per_device, strict=True))
         return _in_sequence(network, states, inputs, shots, key, keep, checkpoint_cycles)
     return _all_at_once(network, inputs, shots, key, keep)
 
@@ -243,20 +241,23 @@ class _Board:
     """Values of all nodes as they become known, device by device."""
 
     def __init__(self, network: Network, rows: tuple[int, ...]):
-        self.groups, self.shapes = network.groups, [(*rows, c) for c in network.counts]
+        self.groups, self.shapes = network.groups, [(*rows, c) for c in network.nodes_per_device]
         self.values: list[dict[str, Array]] = [{} for _ in self.groups]
 
     def put(self, group: int, here: np.ndarray, new: dict[str, Array]) -> None:
         """Values of those nodes of a device that are `here`; their two runs must both be valid."""
         old = self.values[group]
         for name, value in new.items():
-            value = old[name] & value if name == "valid" and name in old and here.all() else value
-            if name in old and not here.all():
-                value = jnp.where(here, old[name] & value if name == "valid" else value, old[name])
+            if name in old:
+                value = old[name] & value if name == "valid" else value
+                value = value if here.all() else jnp.where(here, value, old[name])
             old[name] = value
 
     def all(self, name: str) -> Array:
-        """Values of all nodes; zero where they are not known yet."""
+        """Values of all nodes.
+
+        Nodes not evaluated yet hold 0 or the answer to a placeholder input; callers use those that were.
+        """
         known = [v.get(name, None) for v in self.values]
         rows = [jnp.zeros(s) if k is None else k for k, s in zip(known, self.shapes, strict=True)]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
@@ -266,10 +267,8 @@ def _split(values: Array, network: Network) -> list[Array]:
     return [values[..., group] for group in network.groups]
 
 
-def _trace(known: dict[str, Array], keep: tuple[str, ...]) -> Trace:
-    return Trace(
-        **{name: known.get(name) if name in (*keep, "n_x", "n_y") else None for name in (*FIELDS, "n_x", "n_y")}
-    )
+def _trace(known: dict[str, Array]) -> Trace:
+    return Trace(**{name: known.get(name) for name in (*FIELDS, "n_x", "n_y")})
 
 
 def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array | None, shots, key) -> None:
@@ -294,21 +293,23 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
 
 
 @eqx.filter_jit
-def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, ...], stretch: int | None) -> Trace:
-    n, wiring = network.graph.nodes, network.graph.wiring
-    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
+def _in_sequence(
+    network: Network, states, inputs, shots, key, keep: tuple[str, ...], checkpoint_cycles: int | None
+) -> Trace:
+    n, topology = network.graph.nodes, network.graph.topology
+    edges, players = couplings(network.graph), [Player(device) for device in network.devices]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
-    ranks = wiring.step_ranks
+    ranks = topology.step_ranks
 
-    def buffer(kind: str, of: str) -> Array:
-        longest = max((e.delay_cycles for e in edges if (e.kind, e.of) == (kind, of)), default=0)
+    def buffer(kind: str, carries: str) -> Array:
+        longest = max((e.delay_cycles for e in edges if (e.kind, e.carries) == (kind, carries)), default=0)
         return jnp.full((longest, n), HISTORY if kind == "memory" else 0.0)
 
-    past = {(kind, of): buffer(kind, of) for kind, of in (("input", "y"), ("memory", "x"), ("memory", "y"))}
+    past = {group: buffer(*group) for group in (("input", "y"), ("memory", "x"), ("memory", "y"))}
 
     def cycle(carry, now):
         (states, past), (drive, key) = carry, now
-        held = [d.memory.read(s) for d, s in zip(network.nodes, states, strict=True)]
+        held = [d.memory.read(s) for d, s in zip(network.devices, states, strict=True)]
         r = within_rounding(held[0] if len(held) == 1 else jnp.concatenate(held), _ROUNDING)
         for edge in to_input:
             if edge.delay_cycles > 0:
@@ -322,14 +323,14 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
             x_set = within_rounding(x_set, _ROUNDING)
             _evaluate(board, players, ranks == rank, x_set, None, shots, key)
             _evaluate(board, players, ranks == rank, x_set, r, shots, key)
-        sent = {of: board.all(f"sent_{of}") for of in ("x", "y")}
+        sent = {output: board.all(f"sent_{output}") for output in CARRIED}
         fed = sent["x"]
         if to_memory:
-            at = lambda e: sent[e.of] if e.delay_cycles == 0 else past["memory", e.of][e.delay_cycles - 1]
+            at = lambda e: sent[e.carries] if e.delay_cycles == 0 else past["memory", e.carries][e.delay_cycles - 1]
             total = sum(edge(at(edge)) for edge in to_memory)
-            fed = jnp.where(wiring.remembers_others, within_rounding(total, _ROUNDING), fed)
+            fed = jnp.where(topology.has_memory_edges, within_rounding(total, _ROUNDING), fed)
         states = tuple(
-            d.memory.update(s, m) for d, s, m in zip(network.nodes, states, _split(fed, network), strict=True)
+            d.memory.update(s, m) for d, s, m in zip(network.devices, states, _split(fed, network), strict=True)
         )
         # The newest first; a buffer of no rows stays empty.
         past = {k: jnp.concatenate([sent[k[1]][None], rows])[: rows.shape[0]] for k, rows in past.items()}
@@ -337,18 +338,19 @@ def _in_sequence(network: Network, states, inputs, shots, key, keep: tuple[str, 
 
     drive = network.commands(inputs)
     keys = None if key is None else jax.random.split(key, drive.shape[0])
-    return _trace(_scanned(cycle, (states, past), (drive, keys), stretch), keep)
+    return _trace(_scanned(cycle, (states, past), (drive, keys), checkpoint_cycles))
 
 
-def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
-    """What a scan writes, its states stored every `stretch` cycles for derivatives."""
-    if stretch is None:
+def _scanned(cycle, start, rows, checkpoint_cycles: int | None) -> dict[str, Array]:
+    """What a scan writes, its states stored every `checkpoint_cycles` for derivatives."""
+    if checkpoint_cycles is None:
         return jax.lax.scan(cycle, start, rows)[1]
     steps = rows[0].shape[0]
-    whole = steps // stretch * stretch
-    many = jax.checkpoint(lambda carry, now: jax.lax.scan(cycle, carry, now))
-    cut = jax.tree.map(lambda a: a[:whole].reshape(whole // stretch, stretch, *a.shape[1:]), rows)
-    carry, known = jax.lax.scan(many, start, cut)
+    many = steps // checkpoint_cycles
+    whole = many * checkpoint_cycles
+    stretch = jax.checkpoint(lambda carry, now: jax.lax.scan(cycle, carry, now))
+    cut = jax.tree.map(lambda a: a[:whole].reshape(many, checkpoint_cycles, *a.shape[1:]), rows)
+    carry, known = jax.lax.scan(stretch, start, cut)
     _, rest = jax.lax.scan(cycle, carry, jax.tree.map(lambda a: a[whole:], rows))
     side_by_side = lambda a, b: jnp.concatenate([a.reshape(whole, *a.shape[2:]), b])
     return jax.tree.map(side_by_side, known, rest)
@@ -356,19 +358,19 @@ def _scanned(cycle, start, rows, stretch: int | None) -> dict[str, Array]:
 
 @eqx.filter_jit
 def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) -> Trace:
-    wiring = network.graph.wiring
-    edges, players = couplings(network.graph), [Player(device) for device in network.nodes]
+    topology = network.graph.topology
+    edges, players = couplings(network.graph), [Player(device) for device in network.devices]
     to_input, to_memory = ([e for e in edges if e.kind == kind] for kind in ("input", "memory"))
     drive = network.commands(inputs)
     steps = drive.shape[0]
     keys = None if key is None else jax.random.split(key, steps)
-    assert wiring.order is not None
-    rank_x, rank_y = wiring.order
+    assert topology.order is not None
+    rank_x, rank_y = topology.order
     board = _Board(network, (steps,))
 
     def later(edge: Coupling, before: float) -> Array:
         """What an edge brings in every cycle."""
-        sent = board.all(f"sent_{edge.of}")
+        sent = board.all(f"sent_{edge.carries}")
         delay = min(edge.delay_cycles, steps)
         return edge(jnp.concatenate([jnp.full((delay, sent.shape[1]), before), sent[: steps - delay]]))
 
@@ -380,11 +382,11 @@ def _all_at_once(network: Network, inputs, shots, key, keep: tuple[str, ...]) ->
             fed = board.all("sent_x")
             if to_memory:
                 total = within_rounding(sum(later(e, HISTORY) for e in to_memory), _ROUNDING)
-                fed = jnp.where(wiring.remembers_others, total, fed)
-            held = [d.memory.filter(m) for d, m in zip(network.nodes, _split(fed, network), strict=True)]
+                fed = jnp.where(topology.has_memory_edges, total, fed)
+            held = [d.memory.filter(m) for d, m in zip(network.devices, _split(fed, network), strict=True)]
             r = within_rounding(jnp.concatenate(held, axis=-1), _ROUNDING)
             _evaluate(board, players, rank_y == rank, board.all("x_set"), r, shots, keys)
-    return _trace({name: board.all(name) for name in _asked(keep, shots)}, keep)
+    return _trace({name: board.all(name) for name in _asked(keep, shots)})
 
 
 def _asked(keep: tuple[str, ...], shots) -> tuple[str, ...]:

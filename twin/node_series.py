@@ -81,7 +81,7 @@ class NodeSeries(eqx.Module):
         return _answer(signal, assigned, self.good[1])
 
 
-class Tabulated(AbstractMemristor):
+class SolvedIon(AbstractMemristor):
     """An ion whose series are solved: its parameters do not change any more, and a network plays it at once.
 
     Args:
@@ -96,11 +96,16 @@ class Tabulated(AbstractMemristor):
     series: NodeSeries
 
     @classmethod
-    def of(cls, ion: IonMemristor, series: NodeSeries) -> "Tabulated":
+    def of(cls, ion: IonMemristor, series: NodeSeries) -> "SolvedIon":
         """The ion with its series, and its memory and source."""
         return cls(ion.memory, ion.source, ion, series)
 
-    def prepared(self, x_set, settings: Settings) -> "Tabulated":
+    @property
+    def unwrapped(self) -> IonMemristor:
+        """The ion."""
+        return self.ion
+
+    def prepared(self, x_set, settings: Settings) -> "SolvedIon":
         del x_set, settings
         return self
 

@@ -126,8 +126,8 @@ class PhotonicMemristor(AbstractMemristor):
     Raises:
         ValueError: a number outside its range; NaN and `valid` False in its lane while tracing.
 
-    References: PHYSICS conventions of the single-rail map, K_0 = diag(1, sqrt(1-R)), K_1 = sqrt(R) |0><1|. Mode
-        mismatch and symmetric drive are choices of this model, not read in a paper.
+    References: amplitude damping with K_0 = diag(1, sqrt(1-R)), K_1 = sqrt(R) |0><1|. Mode mismatch and the symmetric
+        drive are our modelling choices.
     """
 
     memory: AbstractMemory
@@ -238,19 +238,19 @@ class PhotonicMemristor(AbstractMemristor):
             valid,
         )
 
-    def area_factor(self, *, measured: bool = False) -> Float[Array, "..."]:
+    def area_factor(self, *, of_clicks: bool = False) -> Float[Array, "..."]:
         """Area of the loop over that of the ideal element, for x_set = sin^2 and a steady memory; exact.
 
-            c_k = V_k e^(-sigma_k^2/2),  k = (1 + c_2)/2 (what the open stage 2 lets pass),  l = 1 - loss_input
-            A / A_ideal = (1 - loss) k l^2 c_1 c_2 g
-            g = 1 (memory of commands), k l c_1 (of populations), (1 - dark_counts) efficiency k l c_1 (of counts)
+            c_k = V_k e^(-sigma_k^2/2),  q = (1 + c_2)/2 (what the open stage 2 lets pass),  l = 1 - loss_input
+            A / A_ideal = (1 - loss) q l^2 c_1 c_2 g
+            g = 1 (memory of commands), q l c_1 (of populations), (1 - dark_counts) efficiency q l c_1 (of counts)
 
-        Losses and contrast scale x, y and the swing of R; a shift of the mean of R has no area, and the floor of x adds
-        2 A_ideal times its height, which is what its smaller swing takes. Holds for sampled loops too (four or more
-        points a period) and for every kernel; not for phases that are not the nominal ones.
+        Losses and contrast scale x, y and the swing of R. A constant added to R adds no area. A constant floor under x
+        adds area, which the smaller swing of x cancels. Holds for sampled loops too (four or more points a period) and
+        for every kernel; not for phases that are not the nominal ones.
 
         Args:
-            measured: of the loop of click probabilities p_y over p_x in place of the populations y over x.
+            of_clicks: of the loop of click probabilities p_y over p_x in place of the populations y over x.
 
         Raises:
             ValueError: a phase scale other than 1, or an offset: the loop has no closed form then (NaN while tracing).
@@ -275,7 +275,7 @@ class PhotonicMemristor(AbstractMemristor):
         seen = passed * kept * c_1
         swing = {"command": 1.0, "model": seen, "measured": counted * seen}[self.source]
         area = (1 - self.loss) * passed * kept**2 * c_1 * c_2 * swing
-        return jnp.where(nominal, area * counted**2 if measured else area, jnp.nan)
+        return jnp.where(nominal, area * counted**2 if of_clicks else area, jnp.nan)
 
     @property
     def _phase_errors(self) -> tuple[Float[Array, "..."], ...]:

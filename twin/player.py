@@ -1,4 +1,4 @@
-"""One device of a network at its work: its method laid, its series solved, its two runs played."""
+"""Runs one device of a network: chooses its method, solves its series, answers both runs."""
 
 import equinox as eqx
 import jax
@@ -10,37 +10,39 @@ from twin.batching import batch_shape, is_traced
 from twin.dynamics import StaticGrid
 from twin.loop import AbstractMemristor, Settings, within_rounding
 from twin.memory import MovingAverage
-from twin.node_series import Tabulated, node_series
+from twin.memristor import IonMemristor
+from twin.node_series import SolvedIon, node_series
 from twin.photonic import PhotonicMemristor
 from twin.planning import Automatic, Lindblad, chosen
+from twin.register import Register
 
 
 def prepared(device: AbstractMemristor) -> AbstractMemristor:
     """The device with its method laid. Cycles of a network are many, so that a series of the areas always pays."""
-    if isinstance(device, Tabulated | PhotonicMemristor):
+    if isinstance(device, SolvedIon | PhotonicMemristor):
         return device  # there is nothing to decide
     memory = device.memory
-    ion = getattr(device, "ion", device)
     # A traced window decides nothing here.
-    laid = eqx.tree_at(lambda d: getattr(d, "ion", d).memory, device, MovingAverage(1.0))
+    laid = eqx.tree_at(lambda d: d.unwrapped.memory, device, MovingAverage(1.0))
     if is_traced(laid):
         return device
-    method = getattr(ion, "method", None)
+    ion = laid.unwrapped
     probe = jnp.array([0.0, 1.0]).reshape((2,) + (1,) * len(batch_shape(device)))  # errors are largest at both ends
-    if isinstance(method, Automatic):
-        method = chosen(getattr(laid, "brightest", laid), probe, Settings())
-    if isinstance(method, Lindblad):
-        method = AreaSeries(StaticGrid(error=method.error))
-    if method is not None:
-        laid = eqx.tree_at(lambda d: getattr(d, "ion", d).method, laid, method)
-    return eqx.tree_at(lambda d: getattr(d, "ion", d).memory, laid.prepared(probe, Settings()), memory)
+    if isinstance(ion, IonMemristor):
+        method = ion.method
+        if isinstance(method, Automatic):
+            method = chosen(laid.brightest if isinstance(laid, Register) else ion, probe, Settings())
+        if isinstance(method, Lindblad):
+            method = AreaSeries(StaticGrid(error=method.error))
+        laid = eqx.tree_at(lambda d: d.unwrapped.method, laid, method)
+    return eqx.tree_at(lambda d: d.unwrapped.memory, laid.prepared(probe, Settings()), memory)
 
 
 @eqx.filter_jit
-def tabulated(device: AbstractMemristor) -> AbstractMemristor:
-    """The device with its series solved, as `Tabulated`; itself where series do not stand for it."""
+def solved(device: AbstractMemristor) -> AbstractMemristor:
+    """The device with its series solved, as `SolvedIon`; itself where series do not stand for it."""
     series = node_series(device, Settings())
-    return device if series is None else Tabulated.of(device, series)
+    return device if series is None else SolvedIon.of(device, series)
 
 
 class Player:
@@ -49,7 +51,7 @@ class Player:
     def __init__(self, device: AbstractMemristor):
         self.device = device
         # Series that are being differentiated are solved here, others were before.
-        self.series = device.series if isinstance(device, Tabulated) else node_series(device, Settings())
+        self.series = device.series if isinstance(device, SolvedIon) else node_series(device, Settings())
         self.respond = device.under(Settings()) if self.series is None else None
 
     def play(self, x_set: Array, r: Array | None) -> dict[str, Array]:
@@ -63,7 +65,7 @@ class Player:
             valid = response.valid
         valid = valid & (x_set >= 0) & (x_set <= 1)
         population, p = (jnp.where(valid, value, jnp.nan) for value in values)
-        # Who reads a population does not compute it again.
+        # Keeps XLA from evaluating the polynomial again in every fusion that reads it.
         population = jax.lax.optimization_barrier(population)
         names = ("x", "p_x") if r is None else ("y", "p_y")
         return {names[0]: population, names[1]: p, "valid": valid}

@@ -52,6 +52,22 @@ def assignment_probability(
     return (1.0 - e_dark) * p_dark + e_bright * (1.0 - p_dark)
 
 
+def check_shots(shots: Real[ArrayLike, "..."] | None, key: PRNGKeyArray | None) -> None:
+    """Refuse shots that nobody can play: both are given, or neither for expectation values.
+
+    Args:
+        shots: repetitions of each setting, whole and at least 1. key: of the counts.
+
+    Raises:
+        ValueError: one without the other; known shots that are fractional or below 1.
+    """
+    if (shots is None) != (key is None):
+        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    if shots is not None:
+        hint = "None plays expectation values."
+        _require("shots", shots, lambda n: (n >= 1) & (n == np.floor(n)), "whole and at least 1", hint)
+
+
 def sample_counts(
     key: PRNGKeyArray,
     probability: Real[ArrayLike, "*#batch"],

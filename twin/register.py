@@ -123,6 +123,16 @@ class Register(AbstractMemristor):
         return True
 
     @property
+    def unwrapped(self) -> IonMemristor:
+        """The ion that all are made of."""
+        return self.ion
+
+    @property
+    def lanes(self) -> int:
+        """The ions, which may share all their parameters."""
+        return self.count
+
+    @property
     def memory(self) -> AbstractMemory:
         """That of the ions; a window of shape (ions,) is each ion's own."""
         return self.ion.memory

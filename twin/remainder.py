@@ -38,9 +38,9 @@ class Remainder(NamedTuple):
     """What is left between an ion and the element that stands for it.
 
     Attributes:
-        total: with the ion as it is. exact: with every imperfection below switched off: the error of the solver, and
-            of pulses cut at the ends of the window.
-        alone: {cause: gap with this imperfection alone}. without: {cause: gap with all others}.
+        total: with the ion as it is. baseline: with every imperfection below switched off: the error of the solver,
+            and of pulses cut at the ends of the window.
+        with_only: {cause: gap with this imperfection alone}. with_all_but: {cause: gap with all others}.
         missing: largest share R x that the block in {v, s} lacks until m is repumped. leak: largest population of a
             leak level. coherence: largest difference of the l1 coherence after repump. phase_rad: largest angle in
             [0, pi] by which the output's coherence is turned against that of the ion with every imperfection below
@@ -48,9 +48,9 @@ class Remainder(NamedTuple):
     """
 
     total: Gap
-    exact: Gap
-    alone: dict[str, Gap]
-    without: dict[str, Gap]
+    baseline: Gap
+    with_only: dict[str, Gap]
+    with_all_but: dict[str, Gap]
     missing: float
     leak: float
     coherence: float
@@ -105,7 +105,7 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
     variants += [_off(ion, causes, {one}) for one in causes]
     x, r = (grid.ravel() for grid in np.meshgrid(*2 * [np.sin(np.pi * np.arange(points) / (2 * points - 2)) ** 2]))
     lanes = lambda command: np.repeat(command[:, None], len(variants), axis=1)
-    batch = stacked(variants)
+    batch = _stacked(variants)
     played, element = (_play(device, lanes(x), lanes(r)) for device in (batch, to_photonic(batch)))
     gaps = _gaps(played, element)
     names, count = list(causes), len(causes)
@@ -117,9 +117,9 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
     leak = populations[3] if len(populations) > 3 else np.zeros_like(populations[0])
     return Remainder(
         total=gaps[0],
-        exact=gaps[1],
-        alone=dict(zip(names, gaps[2 : 2 + count], strict=True)),
-        without=dict(zip(names, gaps[2 + count :], strict=True)),
+        baseline=gaps[1],
+        with_only=dict(zip(names, gaps[2 : 2 + count], strict=True)),
+        with_all_but=dict(zip(names, gaps[2 + count :], strict=True)),
         missing=float(np.max(populations[2])),
         leak=float(np.max(leak)),
         coherence=float(np.max(np.abs(size[0] - size[1]))),
@@ -127,7 +127,7 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
     )
 
 
-def between(one: AbstractMemristor, other: AbstractMemristor, points: int = 7) -> Gap:
+def population_gap(one: AbstractMemristor, other: AbstractMemristor, points: int = 7) -> Gap:
     """Largest and rms difference of two devices over the square of commands, the first minus the second."""
     x, r = (grid.ravel() for grid in np.meshgrid(*2 * [np.sin(np.pi * np.arange(points) / (2 * points - 2)) ** 2]))
     return _gaps(*(_play(device, x[:, None], r[:, None]) for device in (one, other)))[0]
@@ -140,7 +140,7 @@ def _off(ion: IonMemristor, causes, switched: set[str]) -> IonMemristor:
     return ion
 
 
-def stacked(variants: list[IonMemristor]) -> IonMemristor:
+def _stacked(variants: list[IonMemristor]) -> IonMemristor:
     """Devices that differ in numbers as one with a batch axis; numbers that all share stay scalars."""
     first = variants[0]
 

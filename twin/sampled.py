@@ -58,6 +58,11 @@ class SampledIon(AbstractMemristor):
         """That of the ion."""
         return self.ion.source
 
+    @property
+    def unwrapped(self) -> IonMemristor:
+        """The ion."""
+        return self.ion
+
     def playing(self, drives: Waveform) -> "SampledIon":
         """The same with other samples of the same number; for use inside an optimization."""
         return dataclasses.replace(self, **_parts(drives, self.imag_rad_s is None))

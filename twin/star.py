@@ -39,11 +39,12 @@ from twin.dynamics import Solution, evolve
 from twin.grid import plan_steps
 from twin.ion import YB171
 from twin.levels import Decay, Dephasing, LevelSystem, LightShift
+from twin.loop import within_rounding
 from twin.memory import AbstractMemory
+from twin.memory_inputs import OWN, checked_memory_inputs, into_memories
 from twin.methods import ClosedForm, StaticGrid
 from twin.pulses import Gaussian
-from twin.readout import assignment_probability, sample_counts
-from twin.wiring import OWN, into_memories, wiring_weights
+from twin.readout import assignment_probability, check_shots, sample_counts
 
 SUBLEVELS = (-2, -1, 0, 1, 2)
 LEVELS = ("s", *(f"{m:+d}" if m else "0" for m in SUBLEVELS), "l")
@@ -51,8 +52,6 @@ LEVELS = ("s", *(f"{m:+d}" if m else "0" for m in SUBLEVELS), "l")
 ZEEMAN_HZ_PER_TESLA = YB171.zeeman_hz_per_tesla("D3/2", 2, 1)
 # Pulses (columns A1, A2, B1, B2) of the runs whose ends are x_A, y_A, x_B, y_B.
 _CASCADE = np.tril(np.ones((4, 4)))
-# How far outside [0, 1] rounding of a solver may carry a population.
-_ROUNDING = 1e-5
 _APART = np.array([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
@@ -63,7 +62,8 @@ class Star(eqx.Module):
         memories: of A and B.
         sublevels_a, sublevels_b: m_F of (v, m) of each memristor, four different numbers from -2 to 2.
         cascade: whether B works on what A leaves; else the ion is prepared anew in between.
-        wiring: whose inputs each memory averages: `OWN`, `CROSSED` of `twin.wiring`, or weights (memory, input).
+        memory_inputs: whose inputs each memory averages: `OWN`, `CROSSED` of `twin.memory_inputs`, or weights, shape
+            (memory, input).
         source: "measured" (what the readout assigns to s, the leak included) or "model" (population of s).
         method: `StaticGrid()`, or `ClosedForm()`: pulses apart and resonant, nothing decays.
         rabi_scales: actual over nominal Rabi frequency of each pulse, shape (4, *batch), order A1, A2, B1, B2.
@@ -87,7 +87,9 @@ class Star(eqx.Module):
     sublevels_a: tuple[int, int] = eqx.field(static=True, default=(-1, 1))
     sublevels_b: tuple[int, int] = eqx.field(static=True, default=(-2, 2))
     cascade: bool = eqx.field(static=True, default=True)
-    wiring: Float[Array, "2 2"] = eqx.field(converter=wiring_weights, metadata={"leading": None}, default=OWN)
+    memory_inputs: Float[Array, "2 2"] = eqx.field(
+        converter=checked_memory_inputs, metadata={"leading": None}, default=OWN
+    )
     source: str = eqx.field(static=True, default="measured")
     method: StaticGrid | ClosedForm = eqx.field(default_factory=StaticGrid)
     rabi_scales: Float[Array, "4 ..."] = physical(1, default=(1.0, 1.0, 1.0, 1.0))
@@ -165,7 +167,7 @@ class Star(eqx.Module):
         only_s = tuple(float(name == "s") for name in LEVELS)
         shifts = ()
         if self.beam is not None:
-            rows = zip(names, self.light_shifts_s(), strict=True)
+            rows = zip(names, self.common_level_shift_coefficients(), strict=True)
             shifts = tuple(LightShift(("s", name), only_s, coefficient) for name, coefficient in rows)
         return LevelSystem(
             LEVELS,
@@ -189,8 +191,12 @@ class Star(eqx.Module):
             )
         return rows
 
-    def light_shifts_s(self) -> Float[Array, "4 ..."]:
-        """Rise of s by the neighbouring lines of each pulse, rad/s for each (rad/s)^2 of its Rabi frequency."""
+    def common_level_shift_coefficients(self) -> Float[Array, "4 ..."]:
+        """Shift of s by the neighbouring lines during each pulse, over its squared Rabi frequency, s/rad.
+
+        Returns:
+            Shape (4, *batch).
+        """
         return jnp.stack([sum(ratio**2 / (4 * delta) for ratio, delta in row) for row in self._neighbours()])
 
     def off_resonant_transfer(self, area_rad=math.pi) -> Float[Array, "4 ..."]:
@@ -231,7 +237,7 @@ class Star(eqx.Module):
         assert isinstance(self.method, StaticGrid)
         return evolve(
             self.system(),
-            self.pulses(areas[:, None] * played),
+            self.pulses(_in_each_run(areas, played)),
             start="s",
             window_s=(-self.lead_s, runs * self.separation_s + self.tail_s),
             method=self.method,
@@ -248,7 +254,7 @@ class Star(eqx.Module):
     def closed_form(self, x_set, r) -> Float[Array, "levels 4 ..."]:
         """Populations at the end of the four runs, pulses apart and resonant and nothing decaying."""
         areas, played, _ = self._played(x_set, r)
-        moved = jnp.sin(areas[:, None] * played / 2) ** 2
+        moved = jnp.sin(_in_each_run(areas, played) / 2) ** 2
         left = jnp.ones_like(moved[0])
         rows = [jnp.zeros_like(left)] * len(LEVELS)
         for k, m in enumerate(self.sublevels):
@@ -311,16 +317,15 @@ def run_star(star: Star, x_set, *, shots=None, key: PRNGKeyArray | None = None) 
         A `StarLoop`.
 
     Raises:
-        ValueError: inputs of another shape; shots without a key or the reverse; traced numbers of a star that is not
-            `prepared()`.
+        ValueError: inputs of another shape; shots below 1, fractional, without a key, or a key without shots; traced
+            numbers of a star that is not `prepared()`.
 
     Example:
-        >>> star = Star(memories=(MovingAverage(10.0), MovingAverage(10.0)), wiring=CROSSED)
+        >>> star = Star(memories=(MovingAverage(10.0), MovingAverage(10.0)), memory_inputs=CROSSED)
         >>> u = sine_input(periods=2, cycles_per_period=40)
         >>> loop = run_star(star, jnp.stack([u, u]))
     """
-    if (shots is None) != (key is None):
-        raise ValueError("`shots` and `key` go together: give both for sampled counts, or neither for expectations.")
+    check_shots(shots, key)
     x_set = real_array(x_set)
     if x_set.ndim < 2 or x_set.shape[0] != 2:
         raise ValueError(f"`x_set` must have shape (2, cycles, *batch), A first, but has {x_set.shape}.")
@@ -356,9 +361,7 @@ def _run_star(star: Star, memories, x_set, shots, key) -> StarLoop:
             fed = populations[0, ::2]
         else:
             fed = p[::2] if counts is None else counts[::2] / shots
-        # Rounding of the solver, and nothing larger, is taken off.
-        fed = jnp.where((fed < 0) & (fed > -_ROUNDING), 0.0, jnp.where((fed > 1) & (fed < 1 + _ROUNDING), 1.0, fed))
-        into = into_memories(star.wiring, fed)
+        into = into_memories(star.memory_inputs, within_rounding(fed))
         memories = tuple(
             m.update(state, into[k]) for k, (m, state) in enumerate(zip(star.memories, memories, strict=True))
         )
@@ -404,6 +407,11 @@ def quadrupole_beam(field_angle_rad, polarization_angle_rad) -> Float[Array, "5 
     one = jnp.sqrt(((jnp.cos(g) * jnp.cos(2 * f)) ** 2 + (jnp.sin(g) * jnp.cos(f)) ** 2) / 2)
     two = jnp.sqrt(((jnp.cos(g) * jnp.sin(2 * f) / 2) ** 2 + (jnp.sin(g) * jnp.sin(f)) ** 2) / 2)
     return jnp.stack([two, one, none, one, two])
+
+
+def _in_each_run(areas: Float[Array, "4 ..."], played: Float[Array, "4 4 ..."]) -> Float[Array, "4 4 ..."]:
+    """Areas of the pulses in the runs that play them, zero in the others; a bad area reaches no run without it."""
+    return jnp.where(played > 0, areas[:, None], 0.0)
 
 
 def _level(m: int) -> int:

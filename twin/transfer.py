@@ -14,14 +14,14 @@ Gaussian pulse of width sigma leaves w = cos(theta) + delta w with
     noise      -s^2 theta^2 cos(theta)/2
 
 with v(t) the area delivered so far. These are projected, by least squares over phi_set uniform in [0, pi], on what an
-interferometer can do: -nu cos(phi) (contrast), -alpha phi sin(phi) (scale), -beta sin(phi) (offset). `responses` has
-the nine numbers. **No counterpart** have those of `twin.remainder`, where all that is left is measured.
+interferometer can do: -nu cos(phi) (contrast), -alpha phi sin(phi) (scale), -beta sin(phi) (offset). `projections`
+has the nine numbers. **No counterpart** have those of `twin.remainder`, where all that is left is measured.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +54,25 @@ EXACT = {
     "window_cycles": "window_cycles",
 }
 """The block in which both devices give the same populations; of `efficiency` both readout errors are needed."""
+# Gauss-Legendre phases; half-width of the time grid in sigma; its points.
 _POINTS, _REACH, _STEPS = 24, 8.0, 1601
 
 
-@functools.lru_cache(maxsize=1)
-def responses() -> dict[str, tuple[float, float, float]]:
-    """(nu, alpha, beta) per D sigma, (delta sigma)^2 and s^2: what an interferometer makes of each cause.
+class Projection(NamedTuple):
+    """What an interferometer makes of a cause of lost contrast, per unit of that cause.
 
-    Returns:
-        {"dephasing", "detuning", "noise"}: shares of contrast, of the phase scale, and of the phase offset in rad.
+    Attributes:
+        contrast: nu, of exp(-nu cause). scale: alpha, added to the phase scale. offset_rad: beta, added to the phase.
     """
+
+    contrast: float
+    scale: float
+    offset_rad: float
+
+
+@functools.lru_cache(maxsize=1)
+def projections() -> dict[str, Projection]:
+    """What an interferometer makes of D sigma ("dephasing"), (delta sigma)^2 ("detuning") and s^2 ("noise")."""
     t, step = np.linspace(-_REACH, _REACH, _STEPS, retstep=True)
     done, rate = norm.cdf(t), norm.pdf(t)
     x, weights = np.polynomial.legendre.leggauss(_POINTS)
@@ -83,8 +92,8 @@ def responses() -> dict[str, tuple[float, float, float]]:
     basis = root[:, None] * np.stack([-np.cos(phi), -phi * np.sin(phi), -np.sin(phi)], axis=1)
     fitted = {}
     for name, response in causes.items():
-        nu, alpha, beta = np.linalg.lstsq(basis, root * np.array([response(p) for p in phi]), rcond=None)[0]
-        fitted[name] = (float(nu), float(alpha), float(beta))
+        coefficients = np.linalg.lstsq(basis, root * np.array([response(p) for p in phi]), rcond=None)[0]
+        fitted[name] = Projection(*coefficients.tolist())
     return fitted
 
 
@@ -120,6 +129,7 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
         >>> element = to_photonic(IonMemristor(memory=MovingAverage(10.0), rabi_scale_1=1.03))
     """
     values: dict[str, Any] = {}
+    fitted = projections()
     means, squares = carrier_moments(ion)
     for k in (1, 2):
         nominal, sigma = getattr(ion, f"nominal_sigma_{k}_s"), getattr(ion, f"sigma_{k}_s")
@@ -132,15 +142,16 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
         causes = {"dephasing": jnp.pi * linewidth_hz * sigma, "detuning": (2 * jnp.pi * sigma) ** 2 * detuning_hz2}
         # Rounding may leave a variance of -1e-16.
         causes["noise"] = jnp.where(spread > 1e-15, spread, 0.0)
-        nu, alpha, beta = ({name: responses()[name][i] * causes[name] for name in causes} for i in range(3))
-        scale, offset = scale + sum(alpha.values()), sum(beta.values())
+        scale = scale + sum(fitted[name].scale * cause for name, cause in causes.items())
+        offset = sum(fitted[name].offset_rad * cause for name, cause in causes.items())
         if ion.start == "s" and k == 1:
             offset = jnp.pi * (1 - scale) - offset
         values[f"phase_scale_{k}"], values[f"phase_offset_{k}_rad"] = scale, offset
-        values[f"visibility_{k}"] = jnp.exp(-nu["dephasing"] - nu["detuning"])
+        lost = (fitted[name].contrast * causes[name] for name in ("dephasing", "detuning"))
+        values[f"visibility_{k}"] = jnp.exp(-sum(lost))
         # Of an ion at rest the spread is that of the laser, whose root has a derivative at 0 as well.
         root = flat_root(causes["noise"]) if ion.moves else getattr(noise, f"amplitude_noise_{k}")
-        values[f"phase_noise_{k}_rad"] = float(np.sqrt(2 * responses()["noise"][0])) * root
+        values[f"phase_noise_{k}_rad"] = float(np.sqrt(2 * fitted["noise"].contrast)) * root
     decays = ion.start == "v"
     values["loss_input"] = -jnp.expm1(-ion.tail_s / ion.lifetime_s) if decays else 0.0
     values["loss"] = -jnp.expm1(-ion.separation_s / ion.lifetime_s) if decays else 0.0
@@ -200,17 +211,18 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
     means, _ = carrier_moments(ion)
     values: dict[str, Any] = {"laser_linewidth_hz": 0.0, "detuning_1_hz": 0.0, "detuning_2_hz": 0.0}
     noise: dict[str, Any] = {}
-    fitted = responses()
+    fitted = projections()
     for k in (1, 2):
         nominal, sigma = getattr(ion, f"nominal_sigma_{k}_s"), getattr(ion, f"sigma_{k}_s")
         ratio = 1.0 if nominal is None else sigma / nominal
-        dephasing = -jnp.log(getattr(photonic, f"visibility_{k}")) / fitted["dephasing"][0]
-        variance = getattr(photonic, f"phase_noise_{k}_rad") ** 2 / (2 * fitted["noise"][0])
+        dephasing = -jnp.log(getattr(photonic, f"visibility_{k}")) / fitted["dephasing"].contrast
+        variance = getattr(photonic, f"phase_noise_{k}_rad") ** 2 / (2 * fitted["noise"].contrast)
         scale = getattr(photonic, f"phase_scale_{k}")
-        scale = scale - fitted["dephasing"][1] * dephasing - fitted["noise"][1] * variance
+        scale = scale - fitted["dephasing"].scale * dephasing - fitted["noise"].scale * variance
         values[f"rabi_scale_{k}"] = scale / (getattr(ion, f"amplitude_{k}") * ratio * means[k - 1])
         values[f"laser_linewidth_{k}_hz"] = dephasing / (jnp.pi * sigma)
-        noise[f"amplitude_noise_{k}"] = getattr(photonic, f"phase_noise_{k}_rad") / np.sqrt(2 * fitted["noise"][0])
+        per_amplitude = np.sqrt(2 * fitted["noise"].contrast)
+        noise[f"amplitude_noise_{k}"] = getattr(photonic, f"phase_noise_{k}_rad") / per_amplitude
     kept = -jnp.log1p(-photonic.loss_input) - jnp.log1p(-photonic.loss)
     if ion.start == "v":
         lost = kept > 0
@@ -251,7 +263,7 @@ def values_of(device: Any, names: Sequence[str]) -> Float[Array, " names"]:
     return jnp.stack([jnp.asarray(one(name), float) for name in names])
 
 
-def jacobian(
+def jacobian_to_photonic(
     ion: IonMemristor, names: Sequence[str], photonic_names: Sequence[str] = (*PHOTONIC_NAMES, "window_cycles")
 ) -> Float[Array, "photonic ion"]:
     """Derivatives of the photonic parameters (rows) with respect to named ones of the ion (columns)."""
@@ -273,7 +285,7 @@ def jacobian_to_ion(
     return jax.jacfwd(image)(values_of(photonic, names))
 
 
-def carried(
+def propagated_covariance(
     derivatives: Float[Array, "new old"], covariance: Float[np.ndarray, "old old"] | Float[Array, "old old"]
 ) -> Float[Array, "new new"]:
     """Covariance of what a dictionary makes of uncertain parameters, J C J^T: to first order in their errors."""

@@ -39,8 +39,8 @@ def throughput(quick: bool) -> list[Result]:
     photons = PhotonicMemristor(memory=Exponential(jnp.full(_NODES, _TAU)), source="model")
     networks["photonic elements, all to all"] = Network((photons,), graphs["ions, all to all"], _encoding(0.6))
     networks["photonic elements, uncoupled"] = Network((photons,), uncoupled(_NODES), _encoding(1.0))
-    solves = interleaved({name: lambda n=network: n.tabulated().nodes for name, network in networks.items()}, 3)
-    networks = {name: network.tabulated() for name, network in networks.items()}
+    solves = interleaved({name: lambda n=network: n.solved().devices for name, network in networks.items()}, 3)
+    networks = {name: network.solved() for name, network in networks.items()}
     calls = {name: lambda n=network: play(n, inputs, keep=("x", "y")).y for name, network in networks.items()}
     times = interleaved(calls, 3 if quick else 9)
     rows = []

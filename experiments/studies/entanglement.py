@@ -17,11 +17,11 @@ from experiments.plots import BLUE, GREEN, GREY, ORANGE, styled
 from twin import hysteresis
 from twin.entanglement import PairTrace, play_pair, store_pair
 from twin.memory import MovingAverage
+from twin.memory_inputs import CROSSED, OWN
 from twin.memristor import IonMemristor, Lindblad, PhotonicMemristor, sine_input
 from twin.methods import ClosedForm
 from twin.qubit_pairs import both_or_none, one_excitation
 from twin.star import ZEEMAN_HZ_PER_TESLA, Star, StarLoop, quadrupole_beam, run_star
-from twin.wiring import CROSSED, OWN
 
 CYCLES = 80  # in a period of the input
 # Beam at 45 degrees to the field, polarization 35 degrees out of their plane: all five lines are driven.
@@ -52,15 +52,15 @@ IMPERFECT = {
 # ---------------------------------------------------------------------------------------------------- the star
 
 
-def star(*, cascade: bool, wiring, ideal: bool, window: float) -> Star:
+def star(*, cascade: bool, memory_inputs, ideal: bool, window: float) -> Star:
     """Two memristors on one ion with memories of this many cycles."""
     memories = (MovingAverage(window), MovingAverage(window))
     if ideal:
-        return Star(memories=memories, cascade=cascade, wiring=wiring, method=ClosedForm())
+        return Star(memories=memories, cascade=cascade, memory_inputs=memory_inputs, method=ClosedForm())
     return Star(
         memories=memories,
         cascade=cascade,
-        wiring=wiring,
+        memory_inputs=memory_inputs,
         rabi_scales=(0.98, 1.02, 1.01, 0.97),
         detunings_hz=(200.0, -300.0, 250.0, 100.0),
         laser_linewidth_hz=100.0,
@@ -83,10 +83,10 @@ def second_period(values: jax.Array, end: int = 0) -> jax.Array:
 def star_rows() -> tuple[list[dict], dict[str, StarLoop]]:
     """Areas and form factors of both loops, ideal and with imperfections."""
     rows, loops = [], {}
-    wirings = {"own": OWN, "crossed": CROSSED}
+    inputs = {"own": OWN, "crossed": CROSSED}
     for cascade, name, lead in ((True, "own", 0.0), (True, "crossed", 0.0), (False, "crossed", -0.25)):
         for ideal in (True, False):
-            device = star(cascade=cascade, wiring=wirings[name], ideal=ideal, window=0.25 * CYCLES)
+            device = star(cascade=cascade, memory_inputs=inputs[name], ideal=ideal, window=0.25 * CYCLES)
             loop = run_star(device, star_inputs(lead))
             assert bool(loop.valid.all())
             loops[f"{cascade} {name} {ideal}"] = loop
@@ -107,13 +107,13 @@ def neighbour_rows() -> list[dict]:
     """What the light on neighbouring lines does, against the magnetic field."""
     rows = []
     x_set, r = jnp.array([0.4, 0.7]), jnp.array([0.6, 0.3])
-    base = star(cascade=True, wiring=OWN, ideal=False, window=5.0)
+    base = star(cascade=True, memory_inputs=OWN, ideal=False, window=5.0)
     base = dataclasses.replace(base, laser_linewidth_hz=jnp.zeros(()), detunings_hz=jnp.zeros(4))
     plain = dataclasses.replace(base, beam=None).prepared().respond(x_set, r).populations[0]
     for field in (1e-5, 5e-5, 1e-4, 5e-4):
         device = dataclasses.replace(base, field_tesla=jnp.asarray(field))
         seen = device.prepared().respond(x_set, r).populations[0]
-        phase = device.light_shifts_s() * np.pi**2 / (2 * np.sqrt(np.pi) * device.sigma_s)
+        phase = device.common_level_shift_coefficients() * np.pi**2 / (2 * np.sqrt(np.pi) * device.sigma_s)
         rows.append(
             {
                 "field (G)": f"{field * 1e4:g}",

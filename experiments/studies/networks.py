@@ -1,7 +1,7 @@
 """How fast networks are played: the table of docs/networks.md.
 
 Run it with ``python -m experiments.studies.networks [--quick]``. A node-cycle is one cycle of one node. Compilation is
-timed apart: it is the first call less the second. So is the solution of the ions' dynamics (`Network.tabulated`).
+timed apart: it is the first call less the second. So is the solution of the ions' dynamics (`Network.solved`).
 """
 
 import argparse
@@ -69,11 +69,11 @@ def timed(case: Case, quick: bool) -> dict[str, float]:
     steps = max(100, case.steps // 20) if quick else case.steps
     rng = np.random.default_rng(0)
     encoding = Encoding(rng.uniform(0.1, 0.6, (case.nodes, 1)), 0.05)
-    made = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, sizes=(case.nodes,))
+    made = Network((case.device(case.nodes),), case.edges(case.nodes), encoding, nodes_per_device=(case.nodes,))
     solve_s = []
     for _ in range(2):  # with its compilation, and without
         start = time.perf_counter()
-        network = jax.block_until_ready(made.tabulated())
+        network = jax.block_until_ready(made.solved())
         solve_s.append(time.perf_counter() - start)
     inputs = rng.uniform(0, 1, (steps, 1))
 
