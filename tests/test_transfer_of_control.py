@@ -111,8 +111,8 @@ def test_a_command_map_is_moved_exactly_where_the_dictionary_is(fields):
 
 
 def test_the_image_of_a_chip_without_contrast_keeps_its_scales():
-    faults = {"visibility_1": 0.9, "visibility_2": 0.8, "phase_noise_1_rad": 0.1, "loss": 0.1, "loss_input": 0.2}
-    found = image(element(efficiency=0.9, **faults), ion())
+    imperfect = {"visibility_1": 0.9, "visibility_2": 0.8, "phase_noise_1_rad": 0.1, "loss": 0.1, "loss_input": 0.2}
+    found = image(element(efficiency=0.9, **imperfect), ion())
     assert isinstance(found, IonMemristor)
     assert float(found.rabi_scale_1) == 1.0
     assert float(found.rabi_scale_2) == 1.0
