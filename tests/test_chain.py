@@ -63,7 +63,7 @@ def potential(q, chain):
 
 @pytest.mark.parametrize("ions", POSITIONS)
 def test_james_positions_and_modes(ions):
-    # Rows 53 and 54.
+    # D. F. V. James, Appl. Phys. B 66, 181 (1998): table of positions, and of squared axial frequencies.
     modes = Chain(ions, (40e6, 50e6, 1e6)).modes()
     u = np.asarray(modes.equilibrium.positions_m) / LENGTH
     right = POSITIONS[ions]
@@ -74,7 +74,7 @@ def test_james_positions_and_modes(ions):
 
 
 def test_two_and_three_ions_exactly():
-    # Row 55.
+    # (e^2 / (4 pi eps0 m omega^2))^(1/3) at 1 MHz; spacings of two and three ions are cube roots of it.
     assert pytest.approx(2.740775e-6, rel=2e-7) == LENGTH
     pair, triple = (equilibrium(n, axial_hz=1e6) for n in (2, 3))
     assert pair.spacing_m == pytest.approx(3.45316e-6, rel=2e-6)
@@ -239,7 +239,7 @@ def test_two_ions_of_different_mass():
 
 
 def test_zigzag_ratio():
-    # Row 56, and the column of the table; mu_30 = 288.6657.
+    # sqrt((mu_N - 1)/2) of the largest axial eigenvalue mu_N; mu_30 = 288.6657.
     assert zigzag_ratio(1) == 0
     assert zigzag_ratio(2) == pytest.approx(1, rel=1e-12)
     assert zigzag_ratio(3) == pytest.approx(math.sqrt(12 / 5), rel=1e-12)
@@ -350,13 +350,13 @@ def test_wrong_number_of_ions_and_directions():
 
 
 def test_lamb_dicke_anchors():
-    # Row 65: a published chain code; mode of the centre of mass, |dk| = 3.5398227e7 per m, 3.045 MHz.
+    # A published chain code; mode of the centre of mass, |dk| = 3.5398227e7 per m, 3.045 MHz.
     for ions, expected in {1: 0.1103011324, 5: 0.0493281660, 17: 0.0267519541}.items():
         modes = Chain(ions, (60e6, 60e6, 3.045e6)).modes().check()
         eta = modes.lamb_dicke(3.5398227e7, (0.0, 0.0, 1.0))
         np.testing.assert_allclose(eta[:, 2 * ions], expected, rtol=1e-8)
         np.testing.assert_array_equal(eta[:, : 2 * ions], 0)
-    # Row 47.
+    # One ion at 1 MHz on the axis of a beam at 435.5 nm.
     eta = Chain(1, (3e6, 3e6, 1e6)).modes().lamb_dicke(YB171.transition("436").wavenumber_rad_m, (0.0, 0.0, 2.0))
     assert eta[0, 2] == pytest.approx(0.078445, abs=1e-6)
 

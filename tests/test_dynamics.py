@@ -138,7 +138,7 @@ def test_reference_populations(engine, start, equation):
 
 @every_solution
 def test_closed_form_at_thirteen_sigma(engine, start, equation):
-    # Row 2.
+    # cos^2 and sin^2 of half the areas, one pulse after the other.
     expected = np.array(separated_populations(RANDOM_1, RANDOM_2, start))
     got = solved(engine, start, equation)["separated"]
     np.testing.assert_allclose(got, expected, atol=PROMISE[engine], rtol=0)
@@ -293,7 +293,7 @@ def test_table_of_overlap(method):
 
 @engines
 def test_relative_deviation_of_three_in_ten_thousand_at_4_71_sigma(engine):
-    # Row 13: RSD(y) = 0.03 % at DT = 4.71 sigma, within one per cent.
+    # RSD(y) = 0.03 % at DT = 4.71 sigma, within one per cent.
     around_it = 4.71 * np.array([0.99, 1.01])
     rsd = deviation(Adaptive(1e-9, 1e-10) if engine == "adaptive" else StaticGrid(), around_it)[2]
     crossing = np.interp(-math.log(3e-4), -np.log(rsd), around_it)
@@ -306,7 +306,7 @@ def test_relative_deviation_of_three_in_ten_thousand_at_4_71_sigma(engine):
 
 @engines
 def test_rosen_zener(engine):
-    # Row 14 and its neighbours: P = sin^2(theta/2) sech^2(pi delta tau/2).
+    # P = sin^2(theta/2) sech^2(pi delta tau/2).
     tau = 7e-6
     theta, detuning = np.array([2.0, PI, 1.0, 5.0]), np.array([0.7, 0.4, -1.1, 0.2])
     system = lossless(np.stack([0 * detuning, -detuning, 0 * detuning]) / tau)

@@ -1,4 +1,4 @@
-"""Mathieu's equation against its own integration, its characteristic values and rows 57 and 58 of the references."""
+"""Mathieu's equation against its own integration, its characteristic values, and known exponents and limits."""
 
 import functools
 import math
@@ -37,11 +37,11 @@ def integrated(a, q, end=math.pi):
         (-0.01, 0.3, 0.190234381),
     ],
 )
-def test_exponents_of_the_reference_table(a, q, beta):
+def test_known_exponents(a, q, beta):
     assert exponent(a, q) == pytest.approx(beta, abs=6e-10)
 
 
-def test_lowest_order_of_row_57():
+def test_lowest_order_is_that_of_the_pseudopotential():
     assert mathieu.pseudopotential_exponent(0, 0.3) == pytest.approx(0.212132034, abs=1e-9)
 
 
@@ -170,7 +170,7 @@ def test_approximations_are_nan_where_they_have_no_root():
 # ------------------------------------------------------------------------------------------------ boundaries
 
 
-def test_row_58():
+def test_largest_stable_q_without_a_static_field():
     assert mathieu.largest_stable_q(0.0) == pytest.approx(0.908046, abs=1e-6)
 
 

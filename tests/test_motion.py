@@ -114,7 +114,7 @@ def test_carrier_factor_between_integers_is_the_continued_polynomial():
 
 
 def test_thermal_carrier_factor():
-    # Row 21: eta = .0784, n_bar = 9.8.
+    # exp(-eta^2 (n_bar + 1/2)) for eta = .0784, n_bar = 9.8.
     numbers, weights = quadrature(9.8, 8)
     mean = float(jnp.sum(weights * carrier_factor(0.0784, numbers)))
     assert mean == pytest.approx(0.938652851822, rel=1e-10)

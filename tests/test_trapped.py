@@ -65,7 +65,7 @@ def test_field_noise_heats_the_centre_of_mass_modes_alone():
     given = config(trap={**HARMONIC, "field_noise_v2_per_m2_hz": 1e-12}, chain={"ions": 3},
                    motion={"beam_1": [1.0, 0.0, 1.0]})  # fmt: skip
     device = device_from(given)
-    assert float(device.heating_rate_per_s) == pytest.approx(34.121, rel=1e-4)  # row 63
+    assert float(device.heating_rate_per_s) == pytest.approx(34.121, rel=1e-4)  # e^2 S_E / (4 m hbar omega)
     shares = np.asarray(device.motion.heating_share)
     ratio = np.asarray(device.motion.frequency_ratio)
     # White noise: three ions take up three times the power of one, over the frequency.
