@@ -6,7 +6,7 @@ ever clipped and every value has a gradient.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -120,24 +120,37 @@ class FreeParameters(eqx.Module):
 _OF_REGISTER = {f.name for f in dataclasses.fields(Register)} - {"ion", "count"}
 
 
+def check_parameters(device: AbstractMemristor, names: Iterable[str]) -> None:
+    """Refuses names that are no parameters of a device.
+
+    Raises:
+        ValueError: see above.
+    """
+    if isinstance(device, Register):
+        return check_parameters(device.ion, [name for name in names if name not in _OF_REGISTER])
+    modules = {"memory", "method", "motion", "slow_noise"}
+    known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - modules
+    known |= {"window_cycles"} | (set(SlowNoise.parameters()) if isinstance(device, IonMemristor) else set())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")
+
+
 def with_parameters(device: AbstractMemristor, values: Mapping[str, Float[Array, "..."]]) -> AbstractMemristor:
     """A device with named parameters replaced; `window_cycles` is its memory's window, others its slow noise's.
 
     What a register does not have itself belongs to its ions.
+
+    Raises:
+        ValueError: a name that is no parameter of the device, or a window of a memory that has none.
     """
+    check_parameters(device, values)
     if isinstance(device, Register):
         of_register = {name: value for name, value in values.items() if name in _OF_REGISTER}
         of_ions = {name: value for name, value in values.items() if name not in of_register}
         return dataclasses.replace(device, **of_register, ion=with_parameters(device.ion, of_ions))
     fields: dict[str, Any] = {name: value for name, value in values.items() if name != "window_cycles"}
     noise = {name: fields.pop(name) for name in SlowNoise.parameters() if name in fields}
-    if noise and not isinstance(device, IonMemristor):
-        raise ValueError(f"`{next(iter(noise))}` is no parameter of {type(device).__name__}.")
-    modules = {"memory", "method", "motion", "slow_noise"}
-    known = {f.name for f in dataclasses.fields(device) if not f.metadata.get("static", False)} - modules
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"`{name}` is no parameter of {type(device).__name__}.")
     if "window_cycles" in values:
         fields["memory"] = with_window(device.memory, values["window_cycles"])
     if noise:

@@ -42,7 +42,7 @@ from calibration.command_map import clenshaw_curtis
 from calibration.data import LoopTable
 from calibration.least_squares import descend_one, forward
 from calibration.likelihood import Experiment, bucketed
-from calibration.parameters import FreeParameters, anchored
+from calibration.parameters import FreeParameters, anchored, check_parameters
 from calibration.problem import Loops, Part, Problem
 from calibration.ridge import nmse, ridge_readout
 from twin.closed_form import set_area
@@ -143,6 +143,7 @@ def side(
     experiment = Experiment.from_table(table)
     device = anchored(device)
     check_starts_in_v(device)
+    check_parameters(device, boxes)
     if isinstance(device, IonMemristor) and not isinstance(device.method, ClosedForm):
         device = _emulated(device, boxes, experiment, weakest)
     names = tuple(boxes)

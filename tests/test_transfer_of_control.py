@@ -97,6 +97,11 @@ def test_an_ion_that_starts_in_s_is_refused():
         side(ion(scheme="v"), SOURCE, TABLE)
 
 
+def test_a_parameter_of_the_other_platform_is_refused():
+    with pytest.raises(ValueError, match="`phase_scale_1` is no parameter of IonMemristor"):
+        side(ion(), TARGET, TABLE)
+
+
 # ------------------------------------------------------------------------------------------------ exact transfer
 
 
