@@ -63,7 +63,6 @@ def potential(q, chain):
 
 @pytest.mark.parametrize("ions", POSITIONS)
 def test_james_positions_and_modes(ions):
-    # D. F. V. James, Appl. Phys. B 66, 181 (1998): table of positions, and of squared axial frequencies.
     modes = Chain(ions, (40e6, 50e6, 1e6)).modes()
     u = np.asarray(modes.equilibrium.positions_m) / LENGTH
     right = POSITIONS[ions]
