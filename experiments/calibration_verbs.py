@@ -56,10 +56,11 @@ def track(
     """Tell from later loop tables, in order, whether a fit is still valid; a run that stands is continued."""
     from calibration.data import read_table
     from experiments.config import load_config
-    from experiments.records import Run, check_output, finished_fit, is_run
+    from experiments.finished import finished_fit
+    from experiments.records import Run, check_output, is_run
 
     resolved = load_config(config, verb="track", sets=sets)
-    finished_fit(fit_run)
+    finished_fit(fit_run, resolved.device.platform)
     if not tables and watch is None:
         raise click.UsageError("there is nothing to track; name tables, or a folder with --watch.")
     if watch is not None and not watch.is_dir():
@@ -131,7 +132,8 @@ def check(
 ) -> None:
     """Test whether the model of a fit is right, and compare it with rival explanations."""
     from experiments.config import load_config, load_tables
-    from experiments.records import CONFIG, finished_fit
+    from experiments.finished import finished_fit
+    from experiments.records import CONFIG
 
     finished = finished_fit(run)
     config = load_config(run / CONFIG, verb="fit", data=data, seed=seed)
@@ -162,10 +164,11 @@ def design(
 ) -> None:
     """Say which loop to measure next: the one that takes most from a named uncertainty in a minute."""
     from experiments.config import load_config, load_tables
-    from experiments.records import CONFIG, finished_fit
+    from experiments.finished import finished_fit
+    from experiments.records import CONFIG
 
     resolved = load_config(config, verb="design", sets=sets, seed=seed)
-    finished = finished_fit(fit_run)
+    finished = finished_fit(fit_run, resolved.device.platform)
     fitted = load_config(fit_run / CONFIG, verb="fit")
     tables = load_tables(fitted)
     with run_folder(out, replace, resolved.to_toml()) as folder:

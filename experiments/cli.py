@@ -122,11 +122,11 @@ def optimize(
 ) -> None:
     """Design pulse commands for a device, as configured or as calibrated by a fit."""
     from experiments.config import load_config
-    from experiments.records import finished_fit
+    from experiments.finished import finished_fit
 
     resolved = load_config(config, verb="optimize", sets=sets, seed=seed)
     if fit_run is not None:
-        finished_fit(fit_run)
+        finished_fit(fit_run, resolved.device.platform)
     with run_folder(out, replace, resolved.to_toml()) as folder:
         result = pipeline("optimize", "run", resolved, fit_run, folder, resolved.seed_of("optimize"))
     finish(result, as_json, f"written to {out}")

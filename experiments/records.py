@@ -152,18 +152,6 @@ class Run:
         return xr.load_dataset(path, engine="h5netcdf")
 
 
-def finished_fit(path: str | os.PathLike[str]) -> Run:
-    """The run of a fit that found parameters.
-
-    Raises:
-        OutputError: it is no run folder, no fit, or its search failed.
-    """
-    run = Run(path)
-    if run.result.get("kind") != "fit" or not run.result.get("parameters"):
-        raise OutputError(f"{path}: this run is no fit with parameters; name the folder of a fit that ended well.")
-    return run
-
-
 def is_run(path: Path) -> bool:
     """Whether a folder holds a run."""
     return (path / CONFIG).is_file() and (path / RESULT).is_file()

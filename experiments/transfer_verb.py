@@ -33,13 +33,13 @@ def transfer(
 ) -> None:
     """Move a device, or control designed on it, to the other platform; tell what is lost, recalibrated or not."""
     from experiments.config import load_config
+    from experiments.finished import finished_fit
     from experiments.messages import ConfigError
-    from experiments.records import finished_fit
 
     resolved = load_config(config, verb="transfer", sets=sets, seed=seed)
     assert resolved.transfer is not None
     if fit_run is not None:
-        finished_fit(fit_run)
+        finished_fit(fit_run, resolved.device.platform)
         if resolved.transfer.source:
             raise ConfigError(f"{config}: transfer.source is given beside --from, whose fit tells how devices differ; "
                               "remove either.")  # fmt: skip
