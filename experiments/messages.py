@@ -7,9 +7,10 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -45,7 +46,7 @@ class Refusal(ValueError):
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The sentence for the first thing that is wrong; misspelt keys come first, since they cause missing ones."""
-    errors = error.errors(include_url=False)
+    errors = _told_once(error.errors(include_url=False), model)
     first = min(errors, key=lambda entry: entry["type"] != "extra_forbidden")
     others = f" ({len(errors) - 1} more like this)" if len(errors) > 1 else ""
     sentence = _sentence(first, model) + others
@@ -80,19 +81,36 @@ def _sentence(entry: Any, model: type[BaseModel]) -> str:
         return f"{'.'.join(part for part in (path, refusal.key) if part)} {refusal}"
     if kind == "extra_forbidden":
         return f"{path} {_unknown(loc, value, model)}"
-    field = _field(loc, model)
+    annotation, field = _at(loc, model)
     if kind == "missing" and field is not None:
         return f"{path} is missing; add it ({_meaning(field)})"
     if kind in ("missing", "too_long") and field is None:  # of a tuple
         loc, value = (loc[:-1], list(value)) if kind == "missing" else (loc, list(value))
         path = ".".join(str(part) for part in loc)
-    allowed = _allowed(field, loc[-1])
+        annotation, field = _at(loc, model)
+    allowed = _allowed(annotation, field, isinstance(loc[-1], str))
+    if _is_infinite(value):
+        allowed = allowed.replace("number", "finite number")
     if isinstance(value, str) and "number" in allowed and (written := _with_unit(value, str(loc[-1]))):
         return f"{path} is the text {value!r}, but must be {allowed}; write {written}"
-    if isinstance(value, str) and field is not None and (choices := _choices(field)):
+    if isinstance(value, str) and (choices := _choices(annotation)):
         close = difflib.get_close_matches(value.lower(), choices, n=1)
         return f"{path} is {value!r}, but must be {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
+    if isinstance(value, str) and any(value in _choices(_entry(member)) for member in _members(annotation)):
+        return f"{path} is the text {value!r}, but must be {allowed}; write [{value!r}]"
     return f"{path} is {_show(value)}, but must be {allowed}"
+
+
+def _told_once(errors: Sequence[Any], model: type[BaseModel]) -> list[Any]:
+    """The errors, of which what fits no member of a union is one, at the place of the union, and not one a member."""
+    told: dict[tuple[Any, ...], Any] = {}
+    for entry in errors:
+        loc = entry["loc"]
+        depth = next((k for k in range(len(loc)) if _is_union(_at(loc[:k], model)[0])), len(loc))
+        # The member that refuses the whole value shows it; another may complain of a part of it.
+        if depth == len(loc) or loc[:depth] not in told or len(told[loc[:depth]]["loc"]) > depth + 1:
+            told[loc if depth == len(loc) else loc[:depth]] = entry
+    return [{**entry, "loc": loc} for loc, entry in told.items()]
 
 
 def _unknown(loc: Sequence[str | int], value: Any, model: type[BaseModel]) -> str:
@@ -109,54 +127,97 @@ def _unknown(loc: Sequence[str | int], value: Any, model: type[BaseModel]) -> st
     return said
 
 
-def _field(loc: Sequence[str | int], model: type[BaseModel]) -> FieldInfo | None:
-    """The field at a path; None below a field that is not a table."""
-    parent = _model(loc[:-1], model)
-    return parent.model_fields.get(str(loc[-1])) if parent is not None else None
-
-
-def _model(loc: Sequence[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
-    annotation: Any = model
+def _at(loc: Sequence[str | int], model: type[BaseModel]) -> tuple[Any, FieldInfo | None]:
+    """The annotation at a path, and its field where the last part names one of a table; (None, None) for no place."""
+    annotation, field = model, None
     for part in loc:
         inner = _inner_model(annotation)
         if inner is not None and isinstance(part, str) and part in inner.model_fields:
-            annotation = inner.model_fields[part].annotation
-        elif get_origin(annotation) in (list, dict):
-            annotation = get_args(annotation)[-1]
-        else:
-            return None
-    return _inner_model(annotation)
+            field = inner.model_fields[part]
+            annotation = field.annotation
+            continue
+        annotation, field = next((e for m in _members(annotation) if (e := _entry(m)) is not None), None), None
+        if annotation is None:
+            return None, None
+    return annotation, field
+
+
+def _model(loc: Sequence[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
+    return _inner_model(_at(loc, model)[0])
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """What an annotation such as ``Fit | None`` may be, without validators and None."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(member for part in get_args(annotation) for member in _members(part))
+    return () if annotation in (None, NoneType) else (annotation,)
+
+
+def _is_union(annotation: Any) -> bool:
+    return len(_members(annotation)) > 1
+
+
+def _entry(annotation: Any) -> Any:
+    """What the entries of a list, a tuple or a table of names are; None for anything else."""
+    return get_args(annotation)[-1] if get_origin(annotation) in (list, dict, tuple) else None
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     """The model that an annotation such as ``Fit | None`` stands for."""
-    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) not in (list, dict) else []
-    return next((part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel)), None)
+    return next((part for part in _members(annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
-def _choices(field: FieldInfo) -> tuple[str, ...]:
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return next((get_args(member) for member in _members(annotation) if get_origin(member) is Literal), ())
 
 
 def _meaning(field: FieldInfo) -> str:
     return field.description or ""
 
 
-def _allowed(field: FieldInfo | None, key: str | int) -> str:
-    if field is None:
-        return "a number" if isinstance(key, int) else "a pair [low, high] of numbers"
-    if choices := _choices(field):
-        return "one of " + ", ".join(repr(choice) for choice in choices)
-    parts = {field.annotation, *get_args(field.annotation)}
-    if any(get_origin(part) is tuple for part in parts):
-        return f"a list of numbers: {_meaning(field)}"
-    if not parts & {int, float}:
-        kind = "a text" if field.annotation is str else "a table"
-        kind = "a list of tables" if get_origin(field.annotation) is list else kind
-        return f"{kind}: {_meaning(field)}"
-    limits = allowed_range(field)
-    what = "an integer" if int in parts else "a number"
-    return what if math.isinf(limits.low) else f"{what} between {limits}"
+def _allowed(annotation: Any, field: FieldInfo | None, named: bool) -> str:
+    """What may stand at a place, whose last part is a name, or a number in a list."""
+    said = " or ".join(_kind(member, field, named) for member in _members(annotation)) or "something else"
+    members = {get_origin(member) or member for member in _members(annotation)}
+    plain = members <= {int, float, bool, Literal} or any(_choices(_entry(member)) for member in _members(annotation))
+    return said if field is None or plain else f"{said}: {_meaning(field)}"
+
+
+def _kind(member: Any, field: FieldInfo | None, named: bool) -> str:
+    origin = get_origin(member)
+    if origin is Literal:
+        return f"one of {_listed(member)}"
+    if member in (int, float):
+        what, limits = ("an integer" if member is int else "a number"), allowed_range(field) if field else None
+        return what if limits is None or math.isinf(limits.low) else f"{what} between {limits}"
+    if origin is tuple:
+        parts = get_args(member)
+        if len(parts) != 2 or Ellipsis in parts:
+            return f"a list of {'' if Ellipsis in parts else f'{len(parts)} '}numbers"
+        return "a pair [low, high] of numbers" if named else "a pair of numbers"
+    if origin is list:
+        return _list_of(member, field)
+    if isinstance(member, type) and issubclass(member, BaseModel) and {"low", "high"} <= set(member.model_fields):
+        return "a pair [low, high] of numbers or a table with low and high"
+    return {str: "a text", bool: "true or false"}.get(member, "a table")
+
+
+def _list_of(member: Any, field: FieldInfo | None) -> str:
+    entry = next(iter(_members(_entry(member))), None)
+    marks = field.metadata if field else []
+    least, most = (next((getattr(m, key) for m in marks if isinstance(m, kind)), None)
+                   for kind, key in ((MinLen, "min_length"), (MaxLen, "max_length")))  # fmt: skip
+    if get_origin(entry) is Literal:
+        return f"a list of {'one or more' if least else 'any'} of {_listed(entry)}"
+    plural = {float: "numbers", int: "integers", str: "texts", tuple: "pairs of numbers", list: "lists"}
+    count = f"{least} " if least is not None and least == most else ""
+    return f"a list of {count}{plural.get(get_origin(entry) or entry, 'tables')}"
+
+
+def _listed(choices: Any) -> str:
+    return ", ".join(repr(choice) for choice in get_args(choices))
 
 
 def _with_unit(text: str, key: str) -> str:
@@ -175,6 +236,13 @@ def _with_unit(text: str, key: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether it is a float that is not finite, or a list with one."""
+    return any(
+        isinstance(one, float) and not math.isfinite(one) for one in (value if isinstance(value, list) else [value])
+    )
 
 
 def _show(value: Any) -> str:

@@ -40,7 +40,16 @@ def _within(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _no_values(given: Any) -> Any:
+    """Refuses plain numbers, where only what differs from device to device belongs."""
+    for name, value in given.items() if isinstance(given, dict) else ():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise Refusal(name, f"is {value:g}, but must be [low, high]; a value belongs into [device]")
+    return given
+
+
 Range = Annotated[tuple[float, float], BeforeValidator(from_list)]
+_Ranges = Annotated[dict[str, Range], BeforeValidator(_no_values), AfterValidator(_within)]
 _Imperfections = Annotated[dict[str, float | Range], AfterValidator(_within)]
 
 
@@ -55,7 +64,7 @@ class Transfer(Table):
     what: Annotated[list[Literal[WHAT]], Field(min_length=1)] = Field(  # ty: ignore[invalid-type-form]
         list(WHAT), description="device: the dictionary itself; command_map, feedback, reservoir: control, over seeds"
     )
-    source: _Imperfections = _imperfections(
+    source: _Ranges = _imperfections(
         "how devices like [device] differ: name = [low, high] is drawn anew for each seed and freed in its calibration"
     )
     target: _Imperfections = _imperfections(
@@ -74,9 +83,6 @@ class Transfer(Table):
     def _sensible(self) -> "Transfer":
         if len(set(self.what)) < len(self.what):
             raise Refusal("what", f"is {self.what}, which names something twice; name each once")
-        for name, value in self.source.items():
-            if not isinstance(value, tuple):
-                raise Refusal(f"source.{name}", f"is {value:g}, but must be [low, high]; a value belongs into [device]")
         for table, platform in (("source", "ion" if self.to == "photonic" else "photonic"), ("target", self.to)):
             for name in getattr(self, table):
                 if reason := foreign(name, platform):

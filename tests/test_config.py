@@ -87,6 +87,7 @@ def test_the_configuration_cannot_be_changed():
 
 
 BOX = {"rabi_scale_1": [0.7, 1.3]}
+TO = {"to": "photonic"}
 REFUSED = [  # document, parts of the message
     ({"device": {"sigma_1_us": 20}}, ["device.sigma_1_us", "seconds", "sigma_1_s = 2e-05"]),
     ({"device": {"sigma_1_ms": 0.02}}, ["sigma_1_s = 2e-05"]),
@@ -145,8 +146,8 @@ REFUSED = [  # document, parts of the message
     ({"fit": {"free": {"rabi_scale_1": 1.0}}}, ["fit.free.rabi_scale_1 is 1.0", "a pair [low, high]"]),
     ({"fit": {"free": {"rabi_scale_1": [1.3, 0.7]}}}, ["fit.free.rabi_scale_1 is [1.3, 0.7]", "low below high"]),
     ({"fit": {"free": {"rabi_scale_1": [1, 1]}}}, ["low below high"]),
-    ({"fit": {"free": {"rabi_scale_1": [0.7, math.inf]}}}, ["fit.free.rabi_scale_1.1 is inf", "a number"]),
-    ({"fit": {"free": {"rabi_scale_1": [0.7, math.nan]}}}, ["fit.free.rabi_scale_1.1 is nan", "a number"]),
+    ({"fit": {"free": {"rabi_scale_1": [0.7, math.inf]}}}, ["fit.free.rabi_scale_1.1 is inf", "a finite number"]),
+    ({"fit": {"free": {"rabi_scale_1": [0.7, math.nan]}}}, ["fit.free.rabi_scale_1.1 is nan", "a finite number"]),
     ({"fit": {"free": {"rabi_scale_1": ["0.7", 1]}}}, ["fit.free.rabi_scale_1.0", "'0.7'", "a number"]),
     ({"fit": {"free": {"sigma_1_s": [10, 30]}}}, ["fit.free.sigma_1_s is [10, 30]", "between 1e-08 and 0.01 s"]),
     ({"fit": {"free": {"window_cycles": [0, 30]}}}, ["fit.free.window_cycles is [0, 30]", "between 1 and"]),
@@ -209,6 +210,28 @@ REFUSED = [  # document, parts of the message
     ({"sweep": {"parameters": {"nbar": [0, 1]}}}, ["did you mean n_bar?"]),
     ({"sweep": {"design": "random", "parameters": {"n_bar": {"low": 0, "high": 1, "points": 2}}}},
      ["sweep.parameters.n_bar.points", "grid"]),
+    ({"transfer": TO | {"target": {"loss": math.nan}}},
+     ["transfer.target.loss is nan, but must be a finite number or a pair [low, high] of finite numbers."]),
+    ({"transfer": TO | {"target": {"loss": True}}},
+     ["transfer.target.loss is true, but must be a number or a pair [low, high] of numbers."]),
+    ({"transfer": TO | {"target": {"loss": [0.1, math.inf], "efficiency": "x"}}},
+     ["transfer.target.loss is [0.1, inf], but must be", "(1 more like this)"]),
+    ({"transfer": TO | {"target": {"loss": [0.1]}}}, ["transfer.target.loss is [0.1], but must be"]),
+    ({"transfer": TO | {"target": {"lifetime_s": "20 us"}}}, ["transfer.target.lifetime_s", "lifetime_s = 2e-05"]),
+    ({"transfer": TO | {"source": {"rabi_scale_1": [math.nan, 1.0]}}},
+     ["transfer.source.rabi_scale_1.0 is nan, but must be a finite number."]),
+    ({"transfer": TO | {"source": {"rabi_scale_1": [0.9, 1.0, 1.1]}}},
+     ["transfer.source.rabi_scale_1 is [0.9, 1.0, 1.1], but must be a pair [low, high] of numbers."]),
+    ({"transfer": TO | {"source": {"rabi_scale_1": 1.0}}}, ["transfer.source.rabi_scale_1 is 1", "into [device]"]),
+    ({"transfer": TO | {"what": ["devise"]}},
+     ["transfer.what.0 is 'devise', but must be one of 'device', 'command_map'", "did you mean 'device'?"]),
+    ({"transfer": TO | {"what": []}}, ["transfer.what is [], but must be a list of one or more of 'device', "]),
+    ({"transfer": TO | {"what": "device"}}, ["transfer.what is the text 'device'", "a list of", "write ['device']."]),
+    ({"uncertainty": {"profile": "all"}}, ["uncertainty.profile is the text 'all', but must be a list of texts"]),
+    ({"uncertainty": {"posterior": "yes"}}, ["uncertainty.posterior", "must be true or false"]),
+    ({"design": {"target": "n_bar", "amplitudes": []}}, ["design.amplitudes is [], but must be a list of numbers"]),
+    ({"design": {"target": "n_bar", "offsets_hz": [[1.0]]}}, ["design.offsets_hz.0 is [1.0]", "a pair of numbers."]),
+    ({"hardware": {"largest_rabi_hz": [1e3]}}, ["hardware.largest_rabi_hz is [1000.0]", "a list of 2 numbers"]),
     ({"sweep": {"points": 10**4, "parameters": {"n_bar": [0, 1], "eta_1": [0, 1]}}}, ["sweep.points", "100000000"]),
 ]  # fmt: skip
 
