@@ -216,18 +216,17 @@ def report(run: Path, as_json: bool) -> None:
 @json_option
 def reproduce(name: str, out: Path | None, replace: bool, as_json: bool) -> None:
     """Compute published, exact and earlier numbers again: NAME, or all of them with "all"."""
+    from experiments.reproduced import check_name, shown
+
+    check_name(name)
     if out is None:
-        rows = pipeline("reproduce", "run", name)
+        result = pipeline("reproduce", "run", name)
     else:
         with run_folder(out, replace, f"# iontwin reproduce {name}: there is nothing to configure.\n") as folder:
-            rows = pipeline("reproduce", "run_into", name, folder)
+            result = pipeline("reproduce", "run_into", name, folder)
     if not as_json:
-        from experiments.reproduced import shown
-
-        click.echo(aligned([shown(row) for row in rows]))
-    failed = [row for row in rows if str(row["verdict"]).startswith("fail")]
-    status = f"failed: {len(failed)} of {len(rows)} numbers are outside their tolerance" if failed else "done"
-    finish({"status": status, "rows": rows}, as_json, f"written to {out}" if out else "")
+        click.echo(aligned([shown(row) for row in result["rows"]]))
+    finish(result, as_json, f"written to {out}" if out else "")
 
 
 @cli.command()

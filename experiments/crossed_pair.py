@@ -5,7 +5,6 @@ the mean of x_B and the reverse is an assumption, which reproduces their number.
 """
 
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,9 @@ _SELF_CROSSING = (0.4, 0.3)  # a pair whose inter loop crosses itself
 
 def compute() -> Reproduced:
     """Rows and loops of crossed pairs, played as networks."""
-    print(
-        "crossed-pair: the paper states form factors up to about 0.95; its wiring and its T and Phi were not readable. "
-        "Here R_A is the moving average of x_B, R_B that of x_A, and B leads by Phi.",
-        file=sys.stderr,
+    note = (
+        "The paper states form factors up to about 0.95; its wiring and its T and Phi were not readable. Here R_A is "
+        "the moving average of x_B, R_B that of x_A, and B leads by Phi."
     )
     pairs = [(window, phase) for window, phase, _, _ in _FORMS] + [(0.5, math.pi / 2), _SELF_CROSSING]
     played = [_played(pairs, _CYCLES * m) for m in (1, 2, 4)]
@@ -66,7 +64,7 @@ def compute() -> Reproduced:
     x_a, x_b, y_a = (np.concatenate([a, a[:, :1]], axis=1) for a in played[0])
     forms = _map()
     return Reproduced(rows, {"window": np.array(pairs)[:, 0], "phase_rad": np.array(pairs)[:, 1], "x_a": x_a,
-                             "x_b": x_b, "y_a": y_a, **forms})  # fmt: skip
+                             "x_b": x_b, "y_a": y_a, **forms}, (note,))  # fmt: skip
 
 
 def _played(pairs, cycles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

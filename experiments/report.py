@@ -191,6 +191,19 @@ def pictures(run: Run, columns: Mapping[str, np.ndarray]) -> Iterator[Picture]:
         )
 
 
+def heading(run: Run) -> str:
+    """The title of a report: the kind of run, and of what."""
+    kind = run.result.get("kind", "")
+    title = _TITLES.get(kind, "Run")
+    if kind == "reproduce":
+        return f"{title}: {', '.join(run.result['names'])}"
+    if kind in ("transfer", "trap"):
+        return title
+    # The twin of a prediction is that of its file, not of the configuration of the run.
+    platform = "" if kind == "predict" else {"ion": "ion ", "photonic": "photonic "}[run.config.device.platform]
+    return f"{title} of {'an' if platform == 'ion ' else 'a'} {platform}memristor twin"
+
+
 def verdict(result: Mapping[str, Any]) -> str:
     """The outcome of a run in one paragraph."""
     kind, status = result.get("kind"), str(result.get("status", "unknown"))
@@ -332,7 +345,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
     parameters = result.get("parameters", {}) if result.get("kind") == "fit" else {}
     status = str(result.get("status", "unknown"))
     return environment.get_template("report.html.j2").render(
-        title=_TITLES.get(result.get("kind", ""), "Run"),
+        title=heading(run),
         good=(status in ("converged", "done") or status.startswith("stopped: "))
         and not result.get("rejected", False)
         and _valid(result),

@@ -7,7 +7,7 @@ here. Ours is RSD(y) = rms(y - y_closed)/mean(y_closed) over a grid of areas, an
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from experiments import crossed_pair, report, reproduce_reservoirs
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import RunFolder
-from experiments.reproduced import Origin, Reproduced, Row, extrapolated, row
+from experiments.reproduced import Origin, Reproduced, Row, check_name, extrapolated, row
 from twin import hysteresis
 from twin.closed_form import separated_populations, simultaneous_populations
 from twin.crossed import CrossedPair
@@ -72,30 +72,31 @@ _CYCLES = 2380
 _DISCRETE = (40, ((10, 0.2680153507, 0.56275702), (15, 0.2919843430, None), (20, 0.2484610426, None)))
 
 
-def run(name: str) -> list[Row]:
+def run(name: str) -> dict[str, Any]:
     """Compute a set of numbers again.
 
     Args:
-        name: one of `NAMES`, or "all".
+        name: one of `experiments.reproduced.NAMES`, or "all".
 
     Returns:
-        Rows {"name", "quantity", "origin", "relation", "expected", "obtained", "tolerance", "verdict"}, as
-        `experiments.reproduced.row` makes them; tolerances are absolute.
+        What ``result.json`` holds: "status"; "rows" {"name", "quantity", "origin", "relation", "expected", "obtained",
+        "tolerance", "verdict"}, as `experiments.reproduced.row` makes them, with absolute tolerances; "notes".
 
     Raises:
         ValueError: an unknown name.
     """
-    return [one for known, found in _computed(name).items() for one in _named(known, found)]
+    result = _told(_computed(name))
+    for note in result["notes"]:
+        print(note, file=sys.stderr)
+    return result
 
 
-def run_into(name: str, out: RunFolder) -> list[Row]:
-    """The same, leaving ``result.json``, ``arrays.nc``, the figures and the report in a run folder."""
+def run_into(name: str, out: RunFolder) -> dict[str, Any]:
+    """The same, leaving ``result.json``, ``arrays.nc``, the figures, the report and the log in a run folder."""
     clock = Stopwatch()
+    out.log(f"reproduce {name}")
     found = _computed(name)
-    rows = [one for known, one_found in found.items() for one in _named(known, one_found)]
-    failed = sum(str(one["verdict"]).startswith("fail") for one in rows)
-    status = f"failed: {failed} of {len(rows)} numbers are outside their tolerance" if failed else "done"
-    result = {"kind": "reproduce", "status": status, "names": list(found), "rows": rows, "seconds": clock.stop()}
+    result = {"kind": "reproduce", **_told(found), "names": list(found), "seconds": clock.stop(), **provenance()}
     arrays = {}
     for known, one_found in found.items():
         for label, values in one_found.arrays.items():
@@ -104,17 +105,26 @@ def run_into(name: str, out: RunFolder) -> list[Row]:
             arrays[variable] = (tuple(f"{variable}_{k}" for k in range(np.ndim(values))), values)
     if arrays:
         out.write_arrays(xr.Dataset(arrays))
-    out.write_result({**result, **provenance()})
+    out.write_result(result)
     report.write(out)
-    return rows
+    out.log(result["status"])
+    for note in result["notes"]:
+        out.log(f"  {note}")
+    return result
 
 
 def _computed(name: str) -> dict[str, Reproduced]:
-    if name != "all" and name not in NAMES:
-        raise ValueError(
-            f"there is nothing to reproduce under the name {name!r}; known names are {', '.join(NAMES)}, all."
-        )
-    return {known: compute() for known, compute in NAMES.items() if name in (known, "all")}
+    check_name(name)
+    return {known: compute() for known, compute in COMPUTED.items() if name in (known, "all")}
+
+
+def _told(found: Mapping[str, Reproduced]) -> dict[str, Any]:
+    """Status, rows and notes of what was computed, each with its name."""
+    rows = [one for known, one_found in found.items() for one in _named(known, one_found)]
+    failed = sum(str(one["verdict"]).startswith("fail") for one in rows)
+    status = f"failed: {failed} of {len(rows)} numbers are outside their tolerance" if failed else "done"
+    notes = [f"{known}: {note}" for known, one_found in found.items() for note in one_found.notes]
+    return {"status": status, "rows": rows, "notes": notes}
 
 
 def _named(name: str, found: Reproduced) -> list[Row]:
@@ -142,11 +152,9 @@ def _integrated(
 
 
 def _separated() -> Reproduced:
-    print(
-        "separated-pulses: the papers state agreement below 0.03 %; their definition of the relative standard "
-        "deviation was not readable. Here RSD(y) = rms(y - y_closed)/mean(y_closed) over 15 x 15 areas in "
-        "[0.1, pi - 0.05] rad.",
-        file=sys.stderr,
+    note = (
+        "The papers state agreement below 0.03 %; their definition of the relative standard deviation was not "
+        "readable. Here RSD(y) = rms(y - y_closed)/mean(y_closed) over 15 x 15 areas in [0.1, pi - 0.05] rad."
     )
     ratios = np.array([13.0, *(ratio for ratio, _, _ in _RSD), *_CROSSING])
     theta_1, theta_2, separation_s = np.meshgrid(_AREAS, _AREAS, ratios * _SIGMA_S, indexing="ij")
@@ -169,7 +177,7 @@ def _separated() -> Reproduced:
     order = np.argsort(ratios)
     return Reproduced(rows, {"separation_sigma": ratios[order], "rsd_percent": rsd[order],
                              "given_separation_sigma": np.array([ratio for ratio, _, _ in _RSD]),
-                             "given_rsd_percent": np.array([value for _, value, _ in _RSD])})  # fmt: skip
+                             "given_rsd_percent": np.array([value for _, value, _ in _RSD])}, (note,))  # fmt: skip
 
 
 def _simultaneous() -> Reproduced:
@@ -273,7 +281,7 @@ def _photonic_metrics(cycles_per_period: int, window_cycles: np.ndarray) -> tupl
     return np.asarray(areas), np.asarray(forms)
 
 
-NAMES: dict[str, Callable[[], Reproduced]] = {
+COMPUTED: dict[str, Callable[[], Reproduced]] = {
     "separated-pulses": _separated,
     "simultaneous-pulses": _simultaneous,
     "photonic-loop": _photonic_loop,
@@ -281,4 +289,4 @@ NAMES: dict[str, Callable[[], Reproduced]] = {
     "merlin-narma": reproduce_reservoirs.merlin_narma,
     "x4": reproduce_reservoirs.fourth_power,
 }
-"""What can be reproduced; `experiments.reproduce_plots` has the figure of each."""
+"""How each name is computed; `experiments.reproduce_plots` has the figure of each."""

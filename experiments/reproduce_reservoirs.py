@@ -10,7 +10,6 @@ their own output, not their input as a quantum memristor does.
 """
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -104,12 +103,11 @@ def narma(seeds: int = SEEDS) -> dict[str, Float[np.ndarray, " seeds"]]:
 
 def merlin_narma(seeds: int = SEEDS) -> Reproduced:
     """Errors of memristors and classical models, means over the seeds, and one prediction."""
-    print(
-        "merlin-narma: the paper behind it (arXiv:2504.18694) has a table of errors that was not readable; numbers are "
+    note = (
+        "The paper behind it (arXiv:2504.18694) has a table of errors that was not readable; numbers are "
         "those that the MerLin project reports for tau = 4 and 5, and derivations of ours elsewhere. MerLin trains its "
         "classical models by 200 steps of Adam, which end within 20 % of the exact least squares used here. The task, "
-        f"called NARMA10 there, is of second order. Means of {seeds} seeds.",
-        file=sys.stderr,
+        f"called NARMA10 there, is of second order. Means of {seeds} seeds."
     )
     found, rows = narma(seeds), []
     for tau, expected, scatter in _TAU:
@@ -134,7 +132,7 @@ def merlin_narma(seeds: int = SEEDS) -> Reproduced:
         "target": run.targets,
         "predicted": np.asarray(_predicted(modes, jnp.asarray(run.targets), _RIDGE)),
     }
-    return Reproduced(rows, arrays)
+    return Reproduced(rows, arrays, (note,))
 
 
 def x4_modes(parameters: dict[str, Float[Array, ""]], u: Float[Array, " points"]) -> Float[Array, "points modes"]:
@@ -214,12 +212,11 @@ def fourth_power() -> Reproduced:
     errors = found["memristor"][1]
     best = best_of_ten(errors)
     low, high = np.quantile(best, [0.1, 0.9])
-    print(
-        "x4: MerLin's 1.5e-3 is the best of ten runs, chosen by their error on the 9 test points; such a best lies "
+    note = (
+        "MerLin's 1.5e-3 is the best of ten runs, chosen by their error on the 9 test points; such a best lies "
         f"between {low:.1e} and {high:.1e} in 8 of 10 groups, and the median of all {errors.size} runs is "
         f"{np.median(errors):.1e}. Its model without memristor has another encoding (the input itself is the phase), "
-        "so that the two do not differ in memory alone. Numbers of the paper (arXiv:2504.18694) were not readable.",
-        file=sys.stderr,
+        "so that the two do not differ in memory alone. Numbers of the paper (arXiv:2504.18694) were not readable."
     )
     rows = [
         row("test MSE, linear regression, to two digits", 1.7e-1, found["linear"][1][0], 5e-3, origin="published"),
@@ -238,7 +235,7 @@ def fourth_power() -> Reproduced:
         "error": errors,
         "best_error": best,
     }
-    return Reproduced(rows, arrays)
+    return Reproduced(rows, arrays, (note,))
 
 
 def _row(quantity: str, expected: float, obtained, relative: float, *, origin: Origin) -> Row:

@@ -1,9 +1,13 @@
-"""What a reproduction is: rows of numbers with their origins and verdicts, and the arrays that its figure shows."""
+"""What a reproduction is: its name, rows of numbers with their origins and verdicts, and the arrays of its figure."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+NAMES = ("separated-pulses", "simultaneous-pulses", "photonic-loop", "crossed-pair", "merlin-narma", "x4")
+"""What can be reproduced."""
 
 Row = dict[str, Any]
 Origin = Literal["published", "exact", "derived here"]
@@ -17,10 +21,27 @@ class Reproduced(NamedTuple):
     Attributes:
         rows: see `row`.
         arrays: by name, whatever `experiments.reproduce_plots` draws for it.
+        notes: sentences that belong to the numbers wherever they are shown: what was not readable or is defined here.
     """
 
     rows: list[Row]
     arrays: dict[str, np.ndarray]
+    notes: tuple[str, ...] = ()
+
+
+def check_name(name: str) -> None:
+    """Refuses what is neither a name nor "all".
+
+    Raises:
+        ValueError: see above.
+    """
+    if name in (*NAMES, "all"):
+        return
+    close = difflib.get_close_matches(name.lower(), (*NAMES, "all"), n=1)
+    meant = f"; did you mean {close[0]}?" if close else "."
+    raise ValueError(
+        f"there is nothing to reproduce under the name {name!r}; known names are {', '.join(NAMES)}, all{meant}"
+    )
 
 
 def row(

@@ -70,12 +70,14 @@ stage("optimize", "run", lambda config, fit_run, out, seed: with_seed(seed, out)
 stage("sweep", "run", lambda config, store, seed, workers, scheduler: with_seed(seed, None))
 stage("report", "rewrite", lambda run: behave(None))
 stage("doctor", "run", lambda: behave(None))
-stage("reproduce", "run", lambda name: [
-    {"name": name, "quantity": "y", "origin": "exact", "relation": "<", "expected": 0.42, "obtained": 0.42,
-     "tolerance": 0.0, "verdict": "fail" if os.environ["HOW"] == "outside" else "pass"}])
+outside = os.environ["HOW"] == "outside"
+stage("reproduce", "run", lambda name: {
+    "status": "failed: 1 of 1 numbers are outside their tolerance" if outside else "done", "notes": ["mind this"],
+    "rows": [{"name": name, "quantity": "y", "origin": "exact", "relation": "<", "expected": 0.42, "obtained": 0.42,
+              "tolerance": 0.0, "verdict": "fail" if outside else "pass"}]})
 def into(name, out):
     with_seed(0, out)
-    return [{"name": name, "quantity": "y", "expected": 1.0, "obtained": 1.0, "tolerance": 0.1, "verdict": "pass"}]
+    return sys.modules["experiments.reproduce"].run(name)
 
 sys.modules["experiments.reproduce"].run_into = into
 from experiments.cli import main
@@ -332,7 +334,7 @@ def test_a_run_told_to_stop_leaves_nothing(tmp_path, number, status):
 
 
 def test_reproduced_numbers_are_a_table_and_a_verdict():
-    done = staged("fine", "reproduce", "pulses")
+    done = staged("fine", "reproduce", "x4")
     assert done.returncode == 0
     assert done.stdout.splitlines()[0].split() == [
         "name",
@@ -343,21 +345,38 @@ def test_reproduced_numbers_are_a_table_and_a_verdict():
         "tolerance",
         "verdict",
     ]
-    assert done.stdout.splitlines()[1].split() == ["pulses", "y", "exact", "<", "0.42", "0.42", "0", "pass"]
-    done = staged("outside", "reproduce", "pulses", "--json")
+    assert done.stdout.splitlines()[1].split() == ["x4", "y", "exact", "<", "0.42", "0.42", "0", "pass"]
+    done = staged("outside", "reproduce", "x4", "--json")
     assert done.returncode == 1
-    row = json.loads(done.stdout)["rows"][0]
+    answer = json.loads(done.stdout)
+    assert answer["notes"] == ["mind this"]
+    row = answer["rows"][0]
     assert (row["relation"], row["expected"], row["verdict"]) == ("<", 0.42, "fail")
     assert "1 of 1 numbers" in done.stderr
 
 
 def test_reproduced_numbers_leave_a_run_folder_where_asked(tmp_path):
     out = tmp_path / "run"
-    done = staged("fine", "reproduce", "pulses", "--out", out)
+    done = staged("fine", "reproduce", "x4", "--out", out)
     assert done.returncode == 0, done.stderr
     assert {entry.name for entry in out.iterdir()} >= {"config.toml", "result.json", "figures"}
-    assert staged("fine", "reproduce", "pulses", "--out", out).returncode == 2
-    assert staged("fine", "reproduce", "pulses", "--out", out, "--replace").returncode == 0
+    assert staged("fine", "reproduce", "x4", "--out", out).returncode == 2
+    assert staged("fine", "reproduce", "x4", "--out", out, "--replace").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("merlin-narmas", "did you mean merlin-narma?"),
+        ("X4", "did you mean x4?"),
+        ("pulses", "known names are separated-pulses, simultaneous-pulses, photonic-loop, crossed-pair, merlin-narma"),
+    ],
+)
+def test_an_unknown_name_to_reproduce_is_refused_without_jax(name, said):
+    done = run("reproduce", name)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.splitlines()[-1].split() == ["imported:"]
 
 
 def test_a_report_is_written_for_a_run_folder_only(tmp_path):

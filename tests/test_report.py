@@ -5,7 +5,8 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import xarray as xr
 
 from experiments import plots, report
 from experiments.config import parse_config
-from experiments.records import OutputError, RunFolder
+from experiments.records import OutputError, Run, RunFolder
 
 RNG = np.random.default_rng(5)
 NAMES = (
@@ -296,3 +297,18 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone():
     before = dict(matplotlib.rcParams)
     plots.svg(plots.history({"search": [1.0, 0.5]}, "objective"))
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("result", "device", "title"),
+    [
+        ({"kind": "fit"}, {}, "Calibration of an ion memristor twin"),
+        ({"kind": "fit"}, {"platform": "photonic"}, "Calibration of a photonic memristor twin"),
+        ({"kind": "predict"}, {}, "Prediction of a memristor twin"),
+        ({"kind": "transfer"}, {"platform": "photonic"}, "Transfer between platforms"),
+        ({"kind": "reproduce", "names": ["x4", "photonic-loop"]}, {}, "Reproduced numbers: x4, photonic-loop"),
+    ],
+)
+def test_a_title_says_of_what(result, device, title):
+    run = SimpleNamespace(result=result, config=parse_config({"device": device}))
+    assert report.heading(cast(Run, run)) == title

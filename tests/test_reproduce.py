@@ -19,22 +19,22 @@ ROW = reproduced.row("q", 1.0, 1.0, 0.1, origin="exact")
 
 @pytest.fixture(scope="module")
 def computed():
-    """The rows of each name and what was said meanwhile, computed once."""
+    """The rows of each name, what was said meanwhile and its notes, computed once."""
     found, arrays = {}, {}
 
     def compute(name: str) -> tuple[list[dict[str, Any]], str, str]:
         if name not in found:
-            with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-                made = reproduce.NAMES[name]()
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+                made = reproduce.COMPUTED[name]()
             arrays[name] = made.arrays
-            found[name] = ([{"name": name, **row} for row in made.rows], out.getvalue(), err.getvalue())
+            found[name] = ([{"name": name, **row} for row in made.rows], said.getvalue(), " ".join(made.notes))
         return found[name]
 
     compute.arrays = arrays
     return compute
 
 
-@pytest.mark.parametrize("name", reproduce.NAMES)
+@pytest.mark.parametrize("name", reproduced.NAMES)
 def test_every_number_is_reproduced(name, computed):
     rows, said, _ = computed(name)
     assert all(list(row) == KEYS for row in rows)
@@ -64,8 +64,19 @@ def test_the_published_statement_is_told_from_our_numbers(computed):
 
 def test_all_is_everything(monkeypatch):
     one = lambda rows: lambda: Reproduced(rows, {})
-    monkeypatch.setattr(reproduce, "NAMES", {"a": one([ROW]), "b": one([ROW, ROW])})
-    assert [row["name"] for row in reproduce.run("all")] == ["a", "b", "b"]
+    monkeypatch.setattr(reproduce, "COMPUTED", {"a": one([ROW]), "b": one([ROW, ROW])})
+    assert [row["name"] for row in reproduce.run("all")["rows"]] == ["a", "b", "b"]
+
+
+def test_notes_are_told_with_the_numbers(monkeypatch, capsys):
+    one = lambda *notes: lambda: Reproduced([ROW], {}, notes)
+    monkeypatch.setattr(reproduce, "COMPUTED", {"a": one(), "b": one("not readable", "ours")})
+    assert reproduce.run("all")["notes"] == ["b: not readable", "b: ours"]
+    assert capsys.readouterr().err == "b: not readable\nb: ours\n"
+
+
+def test_names_are_those_that_are_computed():
+    assert tuple(reproduce.COMPUTED) == tuple(reproduce_plots.DRAWINGS) == reproduced.NAMES
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
@@ -84,7 +95,7 @@ def test_a_wrong_twin_is_seen(monkeypatch):
     """A loss of one part in a million moves the areas beyond their tolerance."""
     lossy = lambda **fields: dataclasses.replace(PhotonicMemristor(**fields), loss=1e-6)
     monkeypatch.setattr(reproduce, "PhotonicMemristor", lossy)
-    verdicts = {row["quantity"]: row["verdict"] for row in reproduce.run("photonic-loop")}
+    verdicts = {row["quantity"]: row["verdict"] for row in reproduce.run("photonic-loop")["rows"]}
     assert verdicts["loop area at T/T_osc = 0.25"] == "fail"
     assert verdicts["loop area, 40 cycles a period, window 10"] == "fail"
 
@@ -105,7 +116,7 @@ def test_the_crossed_pair_says_what_of_the_paper_is_not_known(computed):
     assert rows["Phi of the largest form factor (rad)"]["obtained"] < 0
 
 
-@pytest.mark.parametrize("name", reproduce.NAMES)
+@pytest.mark.parametrize("name", reproduced.NAMES)
 def test_every_name_has_a_figure_of_its_arrays(name, computed):
     computed(name)
     figure = reproduce_plots.DRAWINGS[name].draw(computed.arrays[name])
@@ -117,16 +128,19 @@ def test_every_name_has_a_figure_of_its_arrays(name, computed):
 def test_a_run_folder_holds_numbers_figures_and_report(computed, monkeypatch, tmp_path):
     computed("photonic-loop")
     limit = reproduced.row("limit", 0.5, 1.0, origin="published", relation="<")
-    made = Reproduced([ROW, limit], computed.arrays["photonic-loop"])
-    monkeypatch.setattr(reproduce, "NAMES", {"photonic-loop": lambda: made})
+    made = Reproduced([ROW, limit], computed.arrays["photonic-loop"], ("The definition is ours.",))
+    monkeypatch.setattr(reproduce, "COMPUTED", {"photonic-loop": lambda: made})
     with RunFolder(tmp_path / "run") as folder:
         folder.write_config("# nothing to configure\n")
-        rows = reproduce.run_into("photonic-loop", folder)
+        rows = reproduce.run_into("photonic-loop", folder)["rows"]
     run = Run(tmp_path / "run")
     assert len(rows) == 2 and run.result["rows"] == rows
     assert run.result["status"].startswith("failed: 1 of 2")
     assert (tmp_path / "run" / "figures" / "photonic_loop.svg").stat().st_size > 1000
+    assert run.result["notes"] == ["photonic-loop: The definition is ours."]
+    assert "photonic-loop: The definition is ours." in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Reproduced numbers: photonic-loop</h1>" in html and "The definition is ours." in html
     assert "1 of 2 numbers are within their tolerance" in html and "data:image/svg+xml" in html
     assert all(piece in html for piece in ("origin", "exact", "published", "&lt; 0.5"))
     assert run.arrays["photonic_loop__x"].shape == made.arrays["x"].shape

@@ -258,3 +258,17 @@ def test_what_cannot_be_done_is_refused():
         to_ion(PhotonicMemristor(memory=MEMORY), ideal(n_bar=2.0, eta_1=0.1, phonon_nodes=4))
     with pytest.raises(ValueError, match="batch axes"):
         remainder(ideal(rabi_scale_1=np.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("visibility_1", 0.0, "`visibility_1` must be above 0 .* is 0.0; no finite linewidth"),
+        ("visibility_2", np.array([0.9, 0.0]), "`visibility_2` must be above 0"),
+        ("loss", 1.0, "`loss` must be below 1 .* is 1.0; no lifetime"),
+        ("loss_input", 1.0, "`loss_input` must be below 1"),
+    ],
+)
+def test_what_no_ion_can_stand_for_is_refused_in_the_words_of_the_element(name, value, said):
+    with pytest.raises(ValueError, match=said):
+        to_ion(PhotonicMemristor(memory=MEMORY, **{name: value}))

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.stats import norm
 
-from twin.batching import batch_shape, is_traced
+from twin.batching import batch_shape, check_values, is_traced
 from twin.closed_form import flat_root
 from twin.memory import AbstractMemory, Exponential, MovingAverage
 from twin.memristor import IonMemristor
@@ -203,11 +203,18 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
         to_photonic of an ion with nothing but `ION_NAMES` gives that ion.
 
     Raises:
-        ValueError: a template that moves.
+        ValueError: a template that moves; a known visibility of 0, or a known loss of 1, which no linewidth and no
+            lifetime can bring about.
     """
     ion = IonMemristor(memory=photonic.memory, branching=1.0) if template is None else template
     if ion.moves:
         raise ValueError("`template` must be an ion at rest, but is averaged over phonons; set n_bar and heating to 0.")
+    for name in ("visibility_1", "visibility_2"):
+        check_values(name, getattr(photonic, name), lambda v: v > 0, "above 0 for an ion to stand for the element",
+                     "no finite linewidth takes all contrast away")  # fmt: skip
+    for name in ("loss_input", "loss") if ion.start == "v" else ():
+        check_values(name, getattr(photonic, name), lambda v: v < 1, "below 1 for an ion to stand for the element",
+                     "no lifetime above 0 loses everything")  # fmt: skip
     means, _ = carrier_moments(ion)
     values: dict[str, Any] = {"laser_linewidth_hz": 0.0, "detuning_1_hz": 0.0, "detuning_2_hz": 0.0}
     noise: dict[str, Any] = {}
