@@ -26,7 +26,7 @@ from experiments.schema_device import (
     number,
     within,
 )
-from experiments.schema_transfer import Transfer, ignored_by_closed_form
+from experiments.schema_transfer import Transfer, check_movable, ignored_by_closed_form
 from experiments.schema_trap import Chain, Crosstalk, Motion, Trap
 
 _SEED = 2**63 - 1
@@ -225,6 +225,8 @@ class Config(Table):
             raise Refusal(
                 "transfer.to", f"is '{self.transfer.to}', which device.platform is as well; name the other one"
             )
+        if self.transfer:
+            check_movable(self.transfer, self.device, self.memory)
         if self.transfer and self.device.engine == "closed_form":
             here = "source" if self.transfer.to == "photonic" else "target"
             heated = here == "source" and self.device.heating_rate_per_s > 0

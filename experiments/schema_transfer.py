@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from experiments.messages import Refusal, unknown_key
-from experiments.schema_device import PARAMETERS, Table, foreign, from_list, number
+from experiments.schema_device import PARAMETERS, Device, Memory, Table, foreign, from_list, number
 
 _SEED = 2**63 - 1
 WHAT = ("device", "command_map", "feedback", "reservoir")
@@ -19,6 +19,7 @@ _UNSEEN = (
     *("detuning_noise_1_hz", "detuning_noise_2_hz", "stark_1_hz", "stark_2_hz", "lifetime_s", "branching", "tail_s"),
 )
 _TIMES = ("lead_s", "separation_s")
+_LONGEST = PARAMETERS["window_cycles"].high
 
 
 def ignored_by_closed_form(name: str, heated: bool) -> bool:
@@ -95,3 +96,26 @@ class Transfer(Table):
             raise Refusal("target.laser_linewidth_hz", f"is given beside {own[0]}; keep the one key for a shared "
                           "source or the two keys for two sources")  # fmt: skip
         return self
+
+
+def check_movable(wanted: Transfer, device: Device, memory: Memory) -> None:
+    """Refuses, before anything is computed, what the dictionary or a study cannot move.
+
+    Raises:
+        Refusal: see above.
+    """
+    if any(what != "device" for what in wanted.what):
+        instead = "or set transfer.what = ['device']"
+        if device.scheme == "v":
+            raise Refusal("device.scheme", "is 'v', which is prepared in s, but control is moved between devices that "
+                          f"start in v; choose 'lambda' or 'ladder', {instead}")  # fmt: skip
+        most = _LONGEST / 2
+        if memory.window_cycles > most:
+            raise Refusal("memory.window_cycles", f"is {memory.window_cycles:g}, but calibrations of a study also play "
+                          f"twice that, and a window is at most {_LONGEST:g} cycles; choose at most {most:g}, {instead}"
+                          )  # fmt: skip
+    if wanted.to == "ion" and "device" in wanted.what:
+        for name, edge in (("visibility_1", 0.0), ("visibility_2", 0.0), ("loss_input", 1.0), ("loss", 1.0)):
+            if getattr(device, name) == edge:
+                raise Refusal(f"device.{name}", f"is {edge:g}, for which no ion can stand; move it off this end, or "
+                              "leave 'device' out of transfer.what")  # fmt: skip

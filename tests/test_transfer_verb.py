@@ -215,6 +215,19 @@ def test_the_example_is_valid():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "[device]\nscheme = 'v'\n[memory]\nwindow_cycles = 1e6\n[transfer]\nto = 'photonic'\nwhat = ['device']\n",
+        ION_TO.replace("[transfer]", "visibility_1 = 0.0\nloss = 1.0\n[transfer]") + "what = ['command_map']\n",
+    ],
+)
+def test_what_only_another_part_cannot_move_is_taken(tmp_path, text):
+    from experiments.config import load_config
+
+    assert load_config(written(tmp_path, text), verb="transfer").transfer is not None
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("[device]\nplatform = 'photonic'\n[transfer]\nto = 'photonic'\n", "transfer.to"),
@@ -225,7 +238,10 @@ def test_the_example_is_valid():
         ("[transfer]\nto = 'photonic'\n[transfer.source]\nrabi_scale_1 = 1.0\n", "belongs into [device]"),
         ("[transfer]\nto = 'photonic'\nwhat = ['pulses']\n", "transfer.what"),
         ("[transfer]\nto = 'photonic'\nseeds = 1\n", "transfer.seeds"),
-        ("[device]\nscheme = 'v'\n[transfer]\nto = 'photonic'\nwhat = ['feedback']\n", "start in v"),
+        ("[device]\nscheme = 'v'\n[transfer]\nto = 'photonic'\nwhat = ['feedback']\n", "device.scheme is 'v'"),
+        ("[memory]\nwindow_cycles = 1e6\n[transfer]\nto = 'photonic'\n", "memory.window_cycles is 1e+06"),
+        (ION_TO.replace("[transfer]", "visibility_1 = 0.0\n[transfer]"), "device.visibility_1 is 0, for which no ion"),
+        (ION_TO.replace("[transfer]", "loss = 1.0\n[transfer]"), "device.loss is 1, for which no ion"),
         ("[device]\n", "[transfer]"),
         ("[transfer]\nto = 'photonic'\n[transfer.source]\nn_bar = [0.0, 1.0]\n", "transfer.source.n_bar"),
         (f"{ION_TO}[transfer.target]\nn_bar = 1.0\n", "one temperature"),
