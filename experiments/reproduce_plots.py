@@ -100,8 +100,17 @@ def crossed_pair(columns: Columns) -> Figure:
             `map_form_factor` (phases, windows).
     """
     pairs = len(columns["window"])
-    figure, axes = figure_of(pairs + 1, 3.2)
-    for k, ax in enumerate(axes[:-1]):
+    across = min(pairs, 3)
+    rows = -(-pairs // across)
+    figure = Figure(figsize=(3.4 * across, 3.2 * rows + 3.2), layout="constrained")
+    # The map has a figure of its own: its colour bar would widen one column of the loops.
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(rows, 1)).ravel().tolist()
+    grid = np.atleast_1d(upper.subplots(rows, across)).ravel().tolist()
+    axes = grid[:pairs]
+    for spare in grid[pairs:]:
+        spare.remove()
+    for k, ax in enumerate(axes):
+        ax.grid(True)
         for name, colour, style, label in (("x_b", BLUE, "-", "over $x_B$"), ("x_a", ORANGE, "--", "over $x_A$")):
             x, y = columns[name][k], columns["y_a"][k]
             ax.plot(x, y, color=colour, ls=style, lw=1.3, label=label)
@@ -109,14 +118,14 @@ def crossed_pair(columns: Columns) -> Figure:
         ax.set(title=f"T/T$_{{osc}}$ = {columns['window'][k]:g}, Φ = {columns['phase_rad'][k] / np.pi:.3g} π",
                xlabel="input", ylabel="output $y_A$", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))  # fmt: skip
     axes[0].legend(fontsize=8)
-    ax = axes[-1]
+    ax = lower.subplots()
     ax.grid(False)
     levels = np.linspace(0, 1, 11)
     image = ax.contourf(columns["map_window"], columns["map_phase_rad"] / np.pi, columns["map_form_factor"], levels)
     at = np.unravel_index(np.argmax(columns["map_form_factor"]), columns["map_form_factor"].shape)
     ax.plot(columns["map_window"][at[1]], columns["map_phase_rad"][at[0]] / np.pi, "+", color="white", ms=9, mew=2)
     ax.set(title="form factor over $x_B$", xlabel="memory T/T$_{osc}$", ylabel="B leads by Φ (π)")
-    figure.colorbar(image, ax=ax)
+    lower.colorbar(image, ax=ax)
     return figure
 
 

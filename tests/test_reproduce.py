@@ -125,6 +125,23 @@ def test_every_name_has_a_figure_of_its_arrays(name, computed):
     assert all(ax.get_xlabel() for ax in figure.axes if ax.lines)
 
 
+def test_panels_of_crossed_pairs_are_even():
+    """The colour bar of the map takes nothing from one column of the loops."""
+    angle = np.linspace(0, 2 * np.pi, 40)
+    loops = {name: np.tile(0.5 + 0.4 * turn(angle), (6, 1)) for name, turn in (("x_a", np.cos), ("x_b", np.cos),
+                                                                             ("y_a", np.sin))}  # fmt: skip
+    axis = np.linspace(0.0, 1.0, 5)
+    over = {"map_window": axis, "map_phase_rad": axis, "map_form_factor": np.outer(axis, axis)}
+    figure = reproduce_plots.crossed_pair({"window": np.ones(6), "phase_rad": np.ones(6), **loops, **over})
+    figure.draw_without_rendering()
+    places = [ax.get_window_extent() for ax in figure.axes]
+    assert len(places) == 6 + 2
+    left = sorted({round(place.x0) for place in places[:6]})
+    assert len(left) == 3
+    assert left[2] - left[1] == pytest.approx(left[1] - left[0], abs=5)
+    assert np.ptp([place.width for place in places[:6]]) < 1
+
+
 def test_a_run_folder_holds_numbers_figures_and_report(computed, monkeypatch, tmp_path):
     computed("photonic-loop")
     limit = reproduced.row("limit", 0.5, 1.0, origin="published", relation="<")
