@@ -70,9 +70,26 @@ def listing(result: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     return {"Loops, the best first": proposals, **({"Forecast and simulation": verified} if verified else {})}
 
 
+DESIGNED_ON = (
+    "Designed on: image, the source known exactly, run on what the dictionary makes of it; home, the source as "
+    "calibrated, run on itself; and run on the target: moved, the source as calibrated, taken through the dictionary; "
+    "data sheet, the middle of the target's ranges; recalibrated, the target as calibrated from counts; native, the "
+    "target known exactly."
+)
+"""What the names in losses of control mean."""
+
+
+def captions(result: Mapping[str, Any]) -> dict[str, str]:
+    """Sentences below the titles of `listing`, of those tables that need one."""
+    if result.get("kind") != "transfer":
+        return {}
+    return {title: DESIGNED_ON for title, rows in transfer_tables(result) if rows and "designed on" in rows[0]}
+
+
 def transfer_tables(result: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
     """The dictionary, what it leaves out, and the losses of control, as `iontwin transfer` tells them; text."""
     some = lambda value: "\u2013" if value is None else f"{value:.4g}"
+    judged = any(row.get("verdict") for row in result.get("dictionary", ()))
     yield (
         "Dictionary",
         [
@@ -80,6 +97,7 @@ def transfer_tables(result: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
                 "parameter": f"`{row['name']}`",
                 "value": f"{row['value']:.6g}" if row["value"] is not None else "infinite",
                 "std. error": some(row["std"]),
+                **({"verdict": row.get("verdict") or "\u2013"} if judged else {}),
                 "unit": row["unit"],
                 "relation": row["relation"],
             }

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from calibration.formats import write_atomic
 from experiments import control_plots, plots, reproduce_plots, transfer_plots, trap_plots
-from experiments.listings import listing
+from experiments.listings import captions, listing
 from experiments.records import ARRAYS, CONFIG, FIGURES, REPORT, Run, RunFolder
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -361,6 +361,7 @@ def _html(run: Run, shown: list[dict[str, Any]]) -> str:
         tests=result.get("tests", {}) if result.get("kind") == "check" else {},
         intervals=_intervals(result),
         listing=listing(result),
+        captions=captions(result),
         notes=result.get("notes", []),
         pictures=shown,
         seconds={**result.get("seconds", {}), **result.get("seconds_by_stage", {})},

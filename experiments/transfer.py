@@ -32,6 +32,7 @@ from experiments.fitted import calibrated
 from experiments.provenance import Stopwatch, provenance
 from experiments.records import Run, RunFolder
 from experiments.schema import Config
+from experiments.schema_device import PARAMETERS
 from experiments.schema_transfer import Transfer
 from twin.loop import AbstractMemristor, sine_input
 from twin.loop import run as played
@@ -45,13 +46,13 @@ from twin.transfer import (
     PHOTONIC_NAMES,
     jacobian_to_ion,
     jacobian_to_photonic,
-    propagated_covariance,
     to_ion,
     to_photonic,
     values_of,
 )
 
 _SCALES = ("phase_scale_1", "phase_scale_2", "rabi_scale_1", "rabi_scale_2")
+_WORSE = ("identified", "at bound", "weak", "not identified")
 _LOSSES = {
     "command_map": "rms of y - (1 - r) x over the square of commands",
     "feedback": "rms of y against the ideal loop",
@@ -85,22 +86,23 @@ def run(config: Config, fit_run: Path | None, out: RunFolder, seed: int) -> dict
     clock = Stopwatch()
     device, notes = device_from(config), []
     boxes: dict[str, tuple[float, float]] = {k: v for k, v in wanted.source.items() if isinstance(v, tuple)}
-    found, weak = None, []
+    found, verdicts = None, {}
     if fit_run is not None:
         fitted = Run(fit_run)
         device, boxes, found, note = calibrated(config, device, fitted)
-        weak = [name for name in boxes if fitted.result["parameters"][name]["verdict"] in ("weak", "not identified")]
+        verdicts = {name: str(fitted.result["parameters"][name]["verdict"]) for name in boxes}
         notes.append(note)
     result: dict[str, Any] = {"kind": "transfer", "status": "done", "to": wanted.to, "losses": {}, "control": {}}
     columns: dict[str, Any] = {}
     parts = []
     if "device" in wanted.what:
         out.log(f"dictionary to {wanted.to}")
-        parts.append(_device_part(config, wanted, device, tuple(boxes), None if found is None else found[1]))
+        parts.append(_device_part(config, wanted, device, verdicts, None if found is None else found[1]))
     controls = [what for what in CONTROLS if what in wanted.what]
     if controls:
         table = _settings(config, wanted)
         out.log(f"{wanted.seeds} pairs of devices, {wanted.shots} shots")
+        weak = [name for name, verdict in verdicts.items() if verdict in ("weak", "not identified")]
         source = side(device, boxes, table, found, weak)
         target = _target(config, wanted, table, _weakest(device, boxes))
         parts.append(_control_part(config, wanted, source, target, controls, seed, out))
@@ -129,14 +131,14 @@ class _Part(NamedTuple):
 
 
 def _device_part(
-    config: Config, wanted: Transfer, device: AbstractMemristor, names: tuple[str, ...], covariance
+    config: Config, wanted: Transfer, device: AbstractMemristor, verdicts: dict[str, str], covariance
 ) -> _Part:
     """The dictionary, what it leaves out, and the loops of the device and of its image.
 
     Args:
-        names, covariance: of a calibration whose errors are carried over; None without one.
+        verdicts, covariance: by name and in that order, of a calibration whose errors are carried over; none without.
     """
-    dictionary = _dictionary(device, names, covariance)
+    dictionary = _dictionary(device, verdicts, covariance)
     if isinstance(device, IonMemristor) and isinstance(device.method, ClosedForm):
         # The dictionary counts what the closed form ignores, so that the ion beside the image must have it.
         device = dataclasses.replace(device, method=Lindblad(config.device.error))
@@ -176,25 +178,43 @@ def _control_part(
     return _Part(result, columns, notes)
 
 
-def _dictionary(device: AbstractMemristor, names: tuple[str, ...], covariance) -> dict[str, Any]:
-    """Rows of what the image is, with the errors of a calibration carried over."""
+def _dictionary(device: AbstractMemristor, verdicts: dict[str, str], covariance) -> dict[str, Any]:
+    """Rows of what the image is, with the errors and verdicts of a calibration carried over."""
     there = image_of(device)
     to = (*(PHOTONIC_NAMES if isinstance(device, IonMemristor) else ION_NAMES), "window_cycles")
-    values, spread = np.asarray(values_of(there, to)), None
+    values, errors = np.asarray(values_of(there, to)), [(None, None)] * len(to)
     if covariance is not None:
         # What the fit freed but a device does not have, such as a noise parameter, moves nothing.
         jacobian = jacobian_to_photonic if isinstance(device, IonMemristor) else jacobian_to_ion
-        derivatives = jacobian(device, names, to)
-        spread = np.sqrt(np.maximum(np.diag(np.asarray(propagated_covariance(derivatives, covariance))), 0.0))
+        derivatives = np.asarray(jacobian(device, tuple(verdicts), to))
+        errors = [_carried(name, row, verdicts, covariance) for name, row in zip(to, derivatives, strict=True)]
     exact, rows = {*EXACT, *EXACT.values()}, []
-    for k, name in enumerate(to):
-        std = None if spread is None or not np.isfinite(spread[k]) else float(spread[k])
-        value = float(values[k]) if np.isfinite(values[k]) else None
+    for name, value, (std, verdict) in zip(to, values.tolist(), errors, strict=True):
         relation = "exact" if name in exact else "first order"
         # The nearest interferometer to a pulse that lost contrast turns a little further.
         relation = "exact, but for what contrast shifts" if name in _SCALES else relation
-        rows.append({"name": name, "value": value, "std": std, "unit": unit_of(name), "relation": relation})
+        rows.append({"name": name, "value": value if np.isfinite(value) else None, "std": std, "verdict": verdict,
+                     "unit": unit_of(name), "relation": relation})  # fmt: skip
     return {"dictionary": rows}
+
+
+def _carried(name: str, slopes: np.ndarray, verdicts: dict[str, str], covariance) -> tuple[float | None, str | None]:
+    """Standard error and verdict of a number of the image, by its slopes on what the calibration freed.
+
+    The verdict is the worst one of what makes up more than a tenth of the error. There is no error where nothing freed
+    moves the number, and none where it is not identified or its range is narrower: no linear law describes that.
+    """
+    if not np.any(slopes):
+        return None, None
+    covariance = np.asarray(covariance)
+    std = float(np.sqrt(max(slopes @ covariance @ slopes, 0.0)))
+    allowed = PARAMETERS[name]
+    shares = np.abs(slopes) * np.sqrt(np.diag(covariance))
+    told = [verdict for verdict, share in zip(verdicts.values(), shares, strict=True) if share > 0.1 * std]
+    verdict = max(told, key=_WORSE.index, default=None)
+    if verdict == "not identified" or not std <= allowed.high - allowed.low:
+        return None, "not identified"
+    return std, verdict
 
 
 def image_of(device: AbstractMemristor) -> AbstractMemristor:

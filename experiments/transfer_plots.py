@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.listings import DESIGNED_ON
 from experiments.plots import BLUE, GREEN, GREY, ORANGE, Columns, figure_of, styled
 
 _COLOURS = {"image": GREY, "home": GREY, "moved": ORANGE, "data sheet": ORANGE, "recalibrated": BLUE, "native": GREEN}
@@ -21,7 +22,7 @@ def pictures(result: Mapping[str, Any], columns: Columns) -> Iterator[tuple[str,
                "with one imperfection alone.", remainder(result["remainder"]["populations"]))  # fmt: skip
     if result.get("control"):
         yield ("losses", "Loss of control by what it was designed on", "Points: seeds. Bar: mean with its 95 % "
-               "interval. Image and home do not run on the target.", losses(result, columns))  # fmt: skip
+               f"interval. {DESIGNED_ON}", losses(result, columns))  # fmt: skip
 
 
 @styled

@@ -46,9 +46,11 @@ def transfer(
     with run_folder(out, replace, resolved.to_toml()) as folder:
         result = pipeline("transfer", "run", resolved, fit_run, folder, resolved.seed_of("transfer"))
     if not as_json:
-        from experiments.listings import transfer_tables
+        from experiments.listings import DESIGNED_ON, transfer_tables
 
         for title, rows in transfer_tables(result):
             if rows:
                 click.echo(f"{title}\n{aligned(rows)}\n")
+        if result["control"]:
+            click.echo(f"{DESIGNED_ON}\n")
     finish(result, as_json, f"written to {out}")

@@ -76,8 +76,8 @@ def test_the_dictionary_of_the_device_is_told(to_chip):
     assert rows["phase_scale_1"]["value"] == pytest.approx(1.05)
     assert rows["efficiency"]["value"] == pytest.approx(0.97)
     assert rows["efficiency"]["relation"] == "exact"
-    assert rows["visibility_1"] == {"name": "visibility_1", "value": 1.0, "std": None, "unit": "",
-                                    "relation": "first order"}  # fmt: skip
+    assert rows["visibility_1"] == {"name": "visibility_1", "value": 1.0, "std": None, "verdict": None,
+                                    "unit": "", "relation": "first order"}  # fmt: skip
     states = to_chip.result["remainder"]["states"]
     assert states["share R x that {v, s} lacks until m is repumped"] > 0.9
     # Next to no decay, and pulses six widths apart, which the closed form takes for farther.
@@ -112,7 +112,7 @@ def checked(run: Run, kinds: tuple[str, ...]) -> None:
 def test_the_run_folder_has_report_and_figures(to_chip):
     report = (to_chip.path / "report.html").read_text()
     for piece in ("Transfer between platforms", "Dictionary", "phase_scale_1", "What is not carried over",
-                  "Loss of the command map", "recalibrated"):  # fmt: skip
+                  "Loss of the command map", "recalibrated", "data sheet, the middle"):  # fmt: skip
         assert piece in report
     assert {path.name for path in (to_chip.path / "figures").iterdir()} >= {"images.svg", "losses.svg"}
     assert to_chip.config.transfer is not None
@@ -168,6 +168,8 @@ def test_a_fit_gives_device_and_errors(tmp_path):
     rows = {row["name"]: row for row in result["dictionary"]}
     assert rows["phase_scale_1"]["value"] == pytest.approx(fitted["rabi_scale_1"]["value"])
     assert rows["phase_scale_1"]["std"] == pytest.approx(fitted["rabi_scale_1"]["std"], rel=1e-6)
+    assert rows["phase_scale_1"]["verdict"] == fitted["rabi_scale_1"]["verdict"]
+    assert rows["phase_scale_2"]["std"] is rows["phase_scale_2"]["verdict"] is None  # nothing freed moves it
     assert rows["efficiency"]["std"] == pytest.approx(fitted["readout_error_dark"]["std"], rel=1e-6)
     assert result["from"] == "fit"
     both = written(tmp_path, device + SMALL + CHIP + SOURCE)
@@ -194,6 +196,22 @@ def test_what_a_fit_freed_of_its_likelihood_is_no_part_of_the_device(tmp_path):
     assert set(boxes) == {"rabi_scale_1", "readout_error_dark"}
     np.testing.assert_allclose(covariance, 1e-4 * np.eye(2))
     np.testing.assert_array_equal(mean, 0.03)
+
+
+def test_errors_and_verdicts_are_carried_as_far_as_they_go():
+    from experiments.transfer import _dictionary
+    from twin.memory import MovingAverage
+    from twin.photonic import PhotonicMemristor
+
+    chip = PhotonicMemristor(memory=MovingAverage(4.0), phase_scale_1=0.97, efficiency=0.7, loss=0.05, loss_input=0.1)
+    verdicts = {"phase_scale_1": "identified", "efficiency": "weak", "loss": "not identified"}
+    rows = {row["name"]: row for row in _dictionary(chip, verdicts, np.diag([1e-4, 4e-4, 1e8]))["dictionary"]}
+    told = {name: (row["std"], row["verdict"]) for name, row in rows.items() if row["verdict"]}
+    assert set(told) == {"rabi_scale_1", "readout_error_dark", "lifetime_s"}
+    assert told["rabi_scale_1"] == (pytest.approx(0.01), "identified")
+    assert told["readout_error_dark"] == (pytest.approx(0.02), "weak")
+    assert told["lifetime_s"] == (None, "not identified")  # an error of 1e4 in a share
+    assert all(row["std"] is None for name, row in rows.items() if name not in told)
 
 
 def test_remainder_of_a_closed_form_has_what_that_ignores(tmp_path):
