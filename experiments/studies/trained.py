@@ -26,8 +26,9 @@ from twin.memristor import PhotonicMemristor
 from twin.network import Encoding, Network
 
 _RING = "memristors in a ring"
+_SHORTEST = 1.05  # cycles, of a window: training starts inside its bounds
 FREE = {
-    "window": Free(lambda n: n.devices[0].memory.window_cycles, 0.5, float(LONGEST)),
+    "window": Free(lambda n: n.devices[0].memory.window_cycles, 1.0, float(LONGEST)),
     "phase 1": Free(lambda n: n.devices[0].phase_offset_1_rad, -1.5, 1.5),
     "phase 2": Free(lambda n: n.devices[0].phase_offset_2_rad, -1.5, 1.5),
 }
@@ -64,7 +65,7 @@ def rings(seed: int) -> Iterator[Reservoir]:
     """The rings of the study's settings."""
     for setting in MODELS[_RING]:
         windows, weights, bias = (jnp.asarray(part) for part in nodes(setting, seed, 1))
-        none = jnp.zeros(NODES)
+        windows, none = jnp.maximum(windows, _SHORTEST), jnp.zeros(NODES)
         element = PhotonicMemristor(
             memory=MovingAverage(windows, capacity=LONGEST + 2), phase_offset_1_rad=none, phase_offset_2_rad=none
         )
