@@ -1,4 +1,4 @@
-"""Reservoirs whose devices are trained, beside the same before training and the best control: a table of docs/reservoirs.md.
+"""Reservoirs whose devices are trained, beside the same before: a table of docs/reservoirs.md.
 
 Run it with ``python -m experiments.studies.trained [--seeds N]``. A ring starts from the setting that the validation
 part prefers without shot noise (`experiments.studies.reservoirs`). Window, and the phases that both interferometers add
