@@ -97,6 +97,47 @@ def test_training_lowers_the_error_of_both_parts():
     assert told[-1] == 40
 
 
+def averaging(nodes: int, graph, window) -> Reservoir:
+    """Moving averages, whose buffers have a length that is known when a program is compiled."""
+    device = PhotonicMemristor(memory=MovingAverage(window))
+    return Reservoir(Network((device,), graph, Encoding(jnp.linspace(0.2, 0.6, nodes)[:, None], 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "graph"), [(2, ring(2, 0.1)), (8, uncoupled(8) + ring(8, 0.1, delay_cycles=2))], ids=["few", "many"]
+)
+def test_known_windows_need_no_capacity_in_training(nodes, graph):
+    free = {"edges": Free(lambda n: n.graph.weight, 0.0, 0.3)}
+    plain, roomy = averaging(nodes, graph, 5.0), averaging(nodes, graph, 5.0)
+    roomy = eqx.tree_at(lambda r: r.network.devices[0].memory, roomy, MovingAverage(5.0, capacity=6))
+    a, b = (train_devices(r, INPUTS, TARGETS, SPLIT, free, iterations=3) for r in (plain, roomy))
+    assert a.after < a.before
+    np.testing.assert_array_equal(a.reservoir.network.graph.weight, b.reservoir.network.graph.weight)
+    assert a[1:] == b[1:]
+    # What comes back is the network that was given but for what was trained.
+    assert a.reservoir.network.devices[0].memory.capacity is None
+    assert b.reservoir.network.devices[0].memory.capacity == 6
+
+
+def test_a_free_window_has_room_up_to_its_bound():
+    free = {"window": Free(lambda n: n.devices[0].memory.window_cycles, 1.0, 12.0)}
+    found = train_devices(averaging(2, ring(2, 0.1), [8.5, 2.0]), INPUTS, TARGETS, SPLIT, free, iterations=25, starts=3)
+    assert found.after < 0.9 * found.before
+    memory = found.reservoir.network.devices[0].memory
+    assert memory.capacity is None
+    assert jnp.all((memory.window_cycles > 1.0) & (memory.window_cycles < 12.0))
+    assert found.test_after == pytest.approx(
+        float(reservoir_nmse(found.reservoir, INPUTS, TARGETS, SPLIT, 1e-6, part="test")), rel=1e-9
+    )
+    # Each start had a loss: a buffer that is too short would have given NaN.
+    values = []
+    train_devices(
+        averaging(2, ring(2, 0.1), [8.5, 2.0]), INPUTS, TARGETS, SPLIT, free, iterations=10, starts=4,
+        on_progress=lambda _, losses: values.append(losses),
+    )  # fmt: skip
+    assert np.all(np.isfinite(values[-1]))
+
+
 def test_hyper_parameters_are_judged_in_batches():
     """A mapped error is the error of each; so are windows of moving averages, which are traced there."""
 
