@@ -1,6 +1,7 @@
 """Networks: against a plain loop over cycles and edges, in both forms, on both platforms."""
 
 import dataclasses
+from inspect import unwrap
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,19 @@ def test_sampled_memories_see_counts():
         np.testing.assert_allclose(trace.r[k], r, atol=1e-14)
         r = r + (fed[k] - r) / TAU
     assert np.std(np.asarray(trace.n_x) / 50 - np.asarray(trace.p_x)) == pytest.approx(0.06, abs=0.02)
+
+
+def test_shots_may_differ_from_node_to_node():
+    """By the devices they belong to: a node of 10^8 shots sends its expectation nearly, one of 5 sends fifths."""
+    shots = np.array([5, 10**8, 5, 10**8, 5])
+    for form in ("scan", "parallel"):
+        edges = graph.cascade(N, 0.4, delay_cycles=1)
+        trace = play(mixed(edges), U, form=form, shots=shots, key=jax.random.key(2))
+        sent = np.asarray(trace.n_y) / shots
+        np.testing.assert_allclose(sent[:, [1, 3]], trace.p_y[:, [1, 3]], atol=1e-3)
+        assert np.all(np.asarray(trace.n_y)[:, [0, 2, 4]] <= 5)
+        drive = 0.1 + U @ W_IN.T
+        np.testing.assert_allclose(trace.x_set[1:, 1:], drive[1:, 1:] + 0.4 * sent[:-1, :-1], rtol=1e-12)
 
 
 def test_a_bad_node_spoils_only_what_it_reaches():
@@ -290,6 +304,18 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: play(network(graph.ring(N)), U, form="parallel"), "use form 'scan'"),
         (lambda: play(network(graph.ring(N)), U, keep=("z",)), "`keep` may name"),
         (lambda: play(network(graph.ring(N)), U, checkpoint_cycles=0), "`checkpoint_cycles` must be at least 1"),
+        (lambda: unwrap(play)(network(graph.ring(N)), U, checkpoint_cycles=2.5), "and whole, but is 2.5"),
+        (
+            lambda: play(network(graph.ring(N)), U, shots=np.full(N - 1, 50), key=jax.random.key(0)),
+            "one for each of 5 nodes, but has shape \\(4,\\)",
+        ),
+        (lambda: play(network(graph.ring(N)), U + 0.1j), "`inputs` must be real, but are complex"),
+        (lambda: unwrap(Network.__init__)(None, photonic(), graph.ring(N)), "must be a tuple of memristors"),
+        (lambda: graph.ring(-1), "`nodes` of a graph must be a whole number of at least 1, but is -1"),
+        (lambda: graph.all_to_all(-1), "must be a whole number of at least 1, but is -1"),
+        (lambda: graph.uncoupled(0), "must be a whole number of at least 1, but is 0"),
+        (lambda: graph.ring(3, [0.1, np.nan, 0.2]), "`weight` must be finite, but is nan"),
+        (lambda: Graph(graph.ring(3).topology, [0.1, np.inf, 0.2]), "`weight` must be finite, but is inf"),
     ],
 )
 def test_bad_input_is_refused(wrong, says):
