@@ -1,6 +1,7 @@
 """Networks: against a plain loop over cycles and edges, in both forms, on both platforms."""
 
 import dataclasses
+from inspect import unwrap
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,19 @@ def test_sampled_memories_see_counts():
     assert np.std(np.asarray(trace.n_x) / 50 - np.asarray(trace.p_x)) == pytest.approx(0.06, abs=0.02)
 
 
+def test_shots_may_differ_from_node_to_node():
+    """By the devices they belong to: a node of 10^8 shots sends its expectation nearly, one of 5 sends fifths."""
+    shots = np.array([5, 10**8, 5, 10**8, 5])
+    for form in ("scan", "parallel"):
+        edges = graph.cascade(N, 0.4, delay_cycles=1)
+        trace = play(mixed(edges), U, form=form, shots=shots, key=jax.random.key(2))
+        sent = np.asarray(trace.n_y) / shots
+        np.testing.assert_allclose(sent[:, [1, 3]], trace.p_y[:, [1, 3]], atol=1e-3)
+        assert np.all(np.asarray(trace.n_y)[:, [0, 2, 4]] <= 5)
+        drive = 0.1 + U @ W_IN.T
+        np.testing.assert_allclose(trace.x_set[1:, 1:], drive[1:, 1:] + 0.4 * sent[:-1, :-1], rtol=1e-12)
+
+
 def test_a_bad_node_spoils_only_what_it_reaches():
     """The second input overdrives node 1; its neighbour in the ring follows a cycle later, the others not yet."""
     for edges in (graph.ring(N, 0.1), graph.all_to_all(N, 0.01)):
@@ -212,6 +226,30 @@ def test_new_values_do_not_compile_again():
     assert np.max(np.abs(first - second)) > 0.01
 
 
+class CountingAverage(MovingAverage):
+    """A moving average that notes each time Python runs through it."""
+
+    def read(self, state):
+        TRACES.append(1)
+        return super().read(state)
+
+
+def test_a_new_window_that_fits_the_buffer_does_not_compile_again():
+    def traces(*windows, capacity=None):
+        TRACES.clear()
+        for window in windows:
+            device = PhotonicMemristor(memory=CountingAverage(window, capacity=capacity))
+            assert np.all(play(network(graph.ring(N, 0.15), device), U).valid)
+        return len(TRACES)
+
+    once = traces(5.0, capacity=17)
+    assert once > 0
+    assert traces(5.5, 9.0, 16.9, capacity=17) == 0
+    assert traces(5.0) == once
+    assert traces(5.5, 5.999) == 0
+    assert traces(6.0) == once  # its buffer is longer
+
+
 def test_hyper_parameters_are_batched_by_vmap():
     taus = np.array([1.5, 3.0, 6.0])
     one = lambda tau: play(network(graph.ring(N, 0.3), photonic(tau + jnp.zeros(N))), U).y
@@ -266,6 +304,18 @@ def test_commands_within_rounding_of_the_edge_are_the_edge():
         (lambda: play(network(graph.ring(N)), U, form="parallel"), "use form 'scan'"),
         (lambda: play(network(graph.ring(N)), U, keep=("z",)), "`keep` may name"),
         (lambda: play(network(graph.ring(N)), U, checkpoint_cycles=0), "`checkpoint_cycles` must be at least 1"),
+        (lambda: unwrap(play)(network(graph.ring(N)), U, checkpoint_cycles=2.5), "and whole, but is 2.5"),
+        (
+            lambda: play(network(graph.ring(N)), U, shots=np.full(N - 1, 50), key=jax.random.key(0)),
+            "one for each of 5 nodes, but has shape \\(4,\\)",
+        ),
+        (lambda: play(network(graph.ring(N)), U + 0.1j), "`inputs` must be real, but are complex"),
+        (lambda: unwrap(Network.__init__)(None, photonic(), graph.ring(N)), "must be a tuple of memristors"),
+        (lambda: graph.ring(-1), "`nodes` of a graph must be a whole number of at least 1, but is -1"),
+        (lambda: graph.all_to_all(-1), "must be a whole number of at least 1, but is -1"),
+        (lambda: graph.uncoupled(0), "must be a whole number of at least 1, but is 0"),
+        (lambda: graph.ring(3, [0.1, np.nan, 0.2]), "`weight` must be finite, but is nan"),
+        (lambda: Graph(graph.ring(3).topology, [0.1, np.inf, 0.2]), "`weight` must be finite, but is inf"),
     ],
 )
 def test_bad_input_is_refused(wrong, says):

@@ -1,5 +1,7 @@
 """The dictionary between ion and photonic memristor: exact where it says so, first order where it says so."""
 
+from inspect import unwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,3 +274,29 @@ def test_what_cannot_be_done_is_refused():
 def test_what_no_ion_can_stand_for_is_refused_in_the_words_of_the_element(name, value, said):
     with pytest.raises(ValueError, match=said):
         to_ion(PhotonicMemristor(memory=MEMORY, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            lambda: unwrap(to_photonic)(to_photonic(ideal())),
+            "`to_photonic` takes one IonMemristor, but was given: Photonic",
+        ),
+        (lambda: unwrap(to_ion)(ideal()), "`to_ion` takes one PhotonicMemristor, but was given: IonMemristor"),
+        (lambda: unwrap(jacobian_to_photonic)(to_photonic(ideal()), ("loss",)), "was given: PhotonicMemristor"),
+        (lambda: unwrap(jacobian_to_ion)(ideal(), ("loss",)), "was given: IonMemristor"),
+        (lambda: jacobian_to_photonic(ideal(), ("loss",)), "`names` has 'loss', which is no parameter of IonMemristor"),
+        (lambda: jacobian_to_photonic(ideal(), ("nothing",)), "`names` has 'nothing', which is no parameter of Ion"),
+        (lambda: jacobian_to_photonic(ideal(), "rabi_scale_1"), r"is one string: write \('rabi_scale_1',\)"),
+        (
+            lambda: jacobian_to_photonic(ideal(), ("rabi_scale_1",), ("eta_1",)),
+            "`photonic_names` has 'eta_1', which is",
+        ),
+        (lambda: jacobian_to_ion(to_photonic(ideal()), ("eta_1",)), "`names` has 'eta_1', which is no parameter of Ph"),
+        (lambda: jacobian_to_ion(to_photonic(ideal()), ("loss",), ("loss",)), "`ion_names` has 'loss', which is no"),
+    ],
+)
+def test_what_the_dictionary_does_not_have_is_refused_by_name(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        wrong()

@@ -5,6 +5,7 @@ Edges are arrays. Where they lead is known when a program is compiled, their wei
 
 import functools
 import math
+import numbers
 from graphlib import CycleError, TopologicalSorter
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from twin.batching import physical, real_array
+from twin.batching import check_values, physical, real_array
 
 KINDS = ("input", "memory")
 CARRIED = ("x", "y")
@@ -114,6 +115,9 @@ class Graph(eqx.Module):
     topology: Topology = eqx.field(static=True)
     weight: Float[Array, " edges"] = physical(None)
 
+    def __check_init__(self):
+        check_values("weight", self.weight, np.isfinite, "finite", "leave out the edges that carry nothing")
+
     @classmethod
     def from_edges(
         cls, nodes: int, source=(), target=(), weight=1.0, *, delay_cycles=None, kind: str = "input", carries: str = ""
@@ -131,9 +135,11 @@ class Graph(eqx.Module):
             carries: what a memory edge sends, "x" (default) or "y" of the source. An input edge sends y.
 
         Raises:
-            ValueError: an unknown kind or `carries`; nodes or delays that are out of range; weights that are not as
-                many as the edges; input edges without delay that form an algebraic loop.
+            ValueError: no nodes; an unknown kind or `carries`; nodes or delays that are out of range; weights that are
+                not finite where known, or not as many as the edges; input edges without delay that form an algebraic
+                loop.
         """
+        _check_nodes(nodes)
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {KINDS}, but is {kind!r}; see `Graph.from_edges`.")
         carries = carries or ("y" if kind == "input" else "x")
@@ -180,6 +186,11 @@ class Graph(eqx.Module):
         return self.topology.nodes
 
 
+def _check_nodes(nodes: int) -> None:
+    if not isinstance(nodes, numbers.Integral) or nodes < 1:
+        raise ValueError(f"`nodes` of a graph must be a whole number of at least 1, but is {nodes!r}.")
+
+
 def uncoupled(nodes: int) -> Graph:
     """No edges."""
     return Graph.from_edges(nodes)
@@ -199,6 +210,7 @@ def all_to_all(nodes: int, weight=1.0, **more) -> Graph:
 
     `**more`: `delay_cycles`, `kind` and `carries` of `Graph.from_edges`.
     """
+    _check_nodes(nodes)
     source, target = np.nonzero(~np.eye(nodes, dtype=bool))
     return Graph.from_edges(nodes, source, target, weight, **more)
 

@@ -10,6 +10,7 @@ that it depends on. Before the first cycle outputs that input edges carry are 0,
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -60,7 +61,7 @@ class Network(eqx.Module):
 
     Raises:
         ValueError: parameters that do not fit `nodes_per_device`, numbers that do not add up to the nodes of the graph,
-            an encoding of another shape, an unknown memory source.
+            an encoding of another shape, an unknown memory source, devices that are not in a tuple.
     """
 
     devices: tuple[AbstractMemristor, ...]
@@ -75,6 +76,8 @@ class Network(eqx.Module):
         encoding: Encoding | None = None,
         nodes_per_device: tuple[int, ...] | None = None,
     ):
+        if isinstance(devices, AbstractMemristor):
+            raise ValueError("`devices` must be a tuple of memristors, but is one: write `(device,)`.")
         if nodes_per_device is None:
             lanes = tuple(device.lanes for device in devices)
             nodes_per_device = (graph.nodes,) if lanes == (1,) else lanes
@@ -191,7 +194,7 @@ def play(
     Main arguments:
         network: devices on a graph.
         inputs: shape (steps, channels) with an encoding; else commands in [0, 1], shape (steps, nodes) or (steps, 1).
-        shots, key: repetitions of each setting and random key; None for expectation values.
+        shots, key: repetitions of each setting, perhaps node by node, and random key; None for expectation values.
 
     Other arguments:
         form: "scan" goes cycle by cycle; "parallel" takes all cycles at once, node after node along the edges; "auto"
@@ -205,8 +208,8 @@ def play(
         expectation ("measured"), populations ("model"); "command" sends the command in place of x, and y as measured.
 
     Raises:
-        ValueError: inputs of another shape; shots below 1, fractional, or without a key; an unknown form or field;
-            "parallel" where outputs come back.
+        ValueError: inputs of another shape, or complex; shots below 1, fractional, of another shape, or without a
+            key; an unknown form or field; checkpoints that are not whole cycles; "parallel" where outputs come back.
 
     Example:
         >>> network = Network((PhotonicMemristor(memory=MovingAverage(10.0)),), ring(10, 0.2), Encoding(w_in, 0.3))
@@ -215,8 +218,19 @@ def play(
     check_shots(shots, key)
     if form not in FORMS:
         raise ValueError(f"`form` must be one of {FORMS}, but is {form!r}.")
-    if checkpoint_cycles is not None and checkpoint_cycles < 1:
-        raise ValueError(f"`checkpoint_cycles` must be at least 1, but is {checkpoint_cycles}; None stores all cycles.")
+    if checkpoint_cycles is not None and not (
+        isinstance(checkpoint_cycles, numbers.Integral) and checkpoint_cycles > 0
+    ):
+        raise ValueError(
+            f"`checkpoint_cycles` must be at least 1 and whole, but is {checkpoint_cycles!r}; None stores all cycles."
+        )
+    nodes = network.graph.nodes
+    if np.shape(shots) not in ((), (nodes,)):
+        raise ValueError(
+            f"`shots` must be one number, or one for each of {nodes} nodes, but has shape {np.shape(shots)}."
+        )
+    if np.iscomplexobj(inputs):
+        raise ValueError("`inputs` must be real, but are complex; give real and imaginary part a channel each.")
     unknown = [name for name in keep if name not in FIELDS]
     if unknown:
         raise ValueError(f"`keep` may name {FIELDS}, but has {unknown[0]!r}.")
@@ -267,6 +281,11 @@ def _split(values: Array, network: Network) -> list[Array]:
     return [values[..., group] for group in network.groups]
 
 
+def _own(shots, group: slice):
+    """Shots of the nodes of one device."""
+    return shots if shots is None or shots.ndim == 0 else shots[group]
+
+
 def _trace(known: dict[str, Array]) -> Trace:
     return Trace(**{name: known.get(name) for name in (*FIELDS, "n_x", "n_y")})
 
@@ -289,7 +308,7 @@ def _evaluate(board: _Board, players, here: np.ndarray, x_set: Array, r: Array |
         for g, _, group in concerned:
             board.put(g, here[group], {f"n_{run}": counts[..., group]})
     for g, player, group in concerned:
-        board.put(g, here[group], {f"sent_{run}": player.sent(run, board.values[g], shots)})
+        board.put(g, here[group], {f"sent_{run}": player.sent(run, board.values[g], _own(shots, group))})
 
 
 @eqx.filter_jit

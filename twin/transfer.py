@@ -123,11 +123,12 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
         given as 0, as by `flat_root`.
 
     Raises:
-        ValueError: known readout errors that no detector has, e_0 + e_1 > 1.
+        ValueError: another device than an ion; known readout errors that no detector has, e_0 + e_1 > 1.
 
     Example:
         >>> element = to_photonic(IonMemristor(memory=MovingAverage(10.0), rabi_scale_1=1.03))
     """
+    _check_is(ion, IonMemristor, "to_photonic")
     values: dict[str, Any] = {}
     fitted = projections()
     means, squares = carrier_moments(ion)
@@ -203,9 +204,10 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
         to_photonic of an ion with nothing but `ION_NAMES` gives that ion.
 
     Raises:
-        ValueError: a template that moves; a known visibility of 0, or a known loss of 1, which no linewidth and no
-            lifetime can bring about.
+        ValueError: another device than a photonic element; a template that moves; a known visibility of 0, or a known
+            loss of 1, which no linewidth and no lifetime can bring about.
     """
+    _check_is(photonic, PhotonicMemristor, "to_ion")
     ion = IonMemristor(memory=photonic.memory, branching=1.0) if template is None else template
     if ion.moves:
         raise ValueError("`template` must be an ion at rest, but is averaged over phonons; set n_bar and heating to 0.")
@@ -245,6 +247,24 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
 # ------------------------------------------------------------------------------------------------ uncertainty
 
 
+def _check_is(device: Any, platform: type, function: str) -> None:
+    """Refuses a device of another platform than a function moves from."""
+    if not isinstance(device, platform):
+        raise ValueError(f"`{function}` takes one {platform.__name__}, but was given: {type(device).__name__}.")
+
+
+def _check_names(platform: type, names: Sequence[str], argument: str) -> None:
+    """Refuses names of which a device of this platform has no number."""
+    if isinstance(names, str):
+        raise ValueError(f"`{argument}` must be a tuple of names, but is one string: write ({names!r},).")
+    modules = {"memory", "method", "motion", "slow_noise"}
+    known = {f.name for f in dataclasses.fields(platform) if not f.metadata.get("static", False)} - modules
+    known |= {"window_cycles"} | (set(SlowNoise.parameters()) if platform is IonMemristor else set())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"`{argument}` has {unknown[0]!r}, which is no parameter of {platform.__name__}.")
+
+
 def with_values(device: Any, names: Sequence[str], values: Float[Array, " names"]) -> Any:
     """A device with named numbers replaced; `window_cycles` is its memory's, names of `SlowNoise` its noise's."""
     given: dict[str, Any] = dict(zip(names, values, strict=True))
@@ -273,7 +293,14 @@ def values_of(device: Any, names: Sequence[str]) -> Float[Array, " names"]:
 def jacobian_to_photonic(
     ion: IonMemristor, names: Sequence[str], photonic_names: Sequence[str] = (*PHOTONIC_NAMES, "window_cycles")
 ) -> Float[Array, "photonic ion"]:
-    """Derivatives of the photonic parameters (rows) with respect to named ones of the ion (columns)."""
+    """Derivatives of the photonic parameters (rows) with respect to named ones of the ion (columns).
+
+    Raises:
+        ValueError: another device than an ion, names of no parameters.
+    """
+    _check_is(ion, IonMemristor, "jacobian_to_photonic")
+    _check_names(IonMemristor, names, "names")
+    _check_names(PhotonicMemristor, photonic_names, "photonic_names")
     image = lambda values: values_of(to_photonic(with_values(ion, names, values)), photonic_names)
     return jax.jacfwd(image)(values_of(ion, names))
 
@@ -287,7 +314,13 @@ def jacobian_to_ion(
     """Derivatives of the ion's parameters (rows) with respect to named photonic ones (columns).
 
     Without losses the lifetime is infinite, and its derivatives are given as 0.
+
+    Raises:
+        ValueError: another device than a photonic element, names of no parameters.
     """
+    _check_is(photonic, PhotonicMemristor, "jacobian_to_ion")
+    _check_names(PhotonicMemristor, names, "names")
+    _check_names(IonMemristor, ion_names, "ion_names")
     image = lambda values: values_of(to_ion(with_values(photonic, names, values), template), ion_names)
     return jax.jacfwd(image)(values_of(photonic, names))
 
