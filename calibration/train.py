@@ -21,6 +21,7 @@ from calibration.ridge import (
     LinearReadout,
     Split,
     check_finite,
+    check_targets,
     chosen_readout,
     nmse,
     ridge_readout,
@@ -104,9 +105,11 @@ def train_readout(
         The reservoir with its read-out, and what was found; `Chosen.test` is the error on the test part.
 
     Raises:
-        ValueError: parts that do not fit the record, or cycles of them that are not valid, where known.
+        ValueError: parts or targets that do not fit the record; targets that are not finite or do not vary in the
+            validation or test part, or cycles that are not valid, where known.
     """
     split.check(inputs.shape[0])
+    check_targets(targets, inputs.shape[0], split, "validation test" if split.validation > 0 else "test")
     features = reservoir.features(inputs, shots=shots, key=key)
     check_finite(features[: sum(split)], split.washout, "keep the commands in [0, 1] by smaller encodings or edges")
     chosen = chosen_readout(features, targets, split, tuple(relative_ridges))
@@ -131,11 +134,13 @@ def reservoir_nmse(
         >>> many = eqx.filter_vmap(lambda tau: reservoir_nmse(reservoir_of(tau), u, t, split, 1e-6))(taus)
 
     Raises:
-        ValueError: parts that do not fit the record, an unknown or empty part.
+        ValueError: parts or targets that do not fit the record, an unknown or empty part; targets that are not finite
+            or do not vary in the part, where known.
     """
     split.check(inputs.shape[0])
     if part not in ("validation", "test") or getattr(split, part) < 1:
         raise ValueError(f"`part` must be 'validation' or 'test' and have steps, but is {part!r} of {tuple(split)}.")
+    check_targets(targets, inputs.shape[0], split, part)
     features = reservoir.features(inputs, shots=shots, key=key)
     train, validation, test = split.parts
     judged = validation if part == "validation" else test
@@ -204,10 +209,14 @@ def train_devices(
         on_progress: called now and then with the iterations done and the losses (log10 of the error).
 
     Raises:
-        ValueError: nothing free, a value outside its bounds, parts that do not fit the record or are empty, or a
-            command outside [0, 1] (or a cycle that is not valid) at every start.
+        ValueError: nothing free, a value outside its bounds, parts or targets that do not fit the record, parts that
+            are empty, targets that are not finite or do not vary in the validation or test part, or a command outside
+            [0, 1] (or a cycle that is not valid) at every start.
     """
     split.check(inputs.shape[0])
+    if split.validation < 1:
+        raise ValueError("parameters are trained on the validation part, which has no steps: give it some.")
+    check_targets(targets, inputs.shape[0], split, "validation test")
     if not free:
         raise ValueError("`free` names no parameter: give at least one `Free(where, low, high)`.")
     begin = []

@@ -190,3 +190,42 @@ def test_bad_input_is_refused():
         train_readout(outside, INPUTS, TARGETS, SPLIT)
     with pytest.raises(ValueError, match="NaN at every start: keep the commands"):
         train_devices(outside, INPUTS, TARGETS, SPLIT, {"tau": FREE["tau"]}, iterations=2)
+
+
+@pytest.mark.parametrize("verb", ["train_readout", "train_devices", "reservoir_nmse"])
+def test_targets_that_nothing_can_be_learned_from_are_refused(verb):
+    run = {
+        "train_readout": lambda targets, split=SPLIT: train_readout(reservoir(), INPUTS, targets, split),
+        "train_devices": lambda targets, split=SPLIT: train_devices(
+            reservoir(), INPUTS, targets, split, FREE, iterations=1
+        ),
+        "reservoir_nmse": lambda targets, split=SPLIT: reservoir_nmse(
+            reservoir(), INPUTS, targets, split, 1e-6, part="test"
+        ),
+    }[verb]
+    wrong = {
+        r"targets must be finite, but that of step 30, in the train part, is nan": TARGETS.at[30].set(jnp.nan),
+        r"targets must be finite, but that of step 399, in the test part, is inf": TARGETS.at[399].set(jnp.inf),
+        r"targets must vary in the (validation|test) part, .* are all \[0.3\]": jnp.full(400, 0.3),
+        r"one row for each of 400 steps, but have shape \(399,\)": TARGETS[1:],
+        r"one row for each of 400 steps, but have shape \(\)": jnp.asarray(0.3),
+    }
+    for says, targets in wrong.items():
+        with pytest.raises(ValueError, match=says):
+            run(targets)
+    with pytest.raises(ValueError, match=r"`washout` of a split must be a whole number of steps, but is 5\.5"):
+        run(TARGETS, SPLIT._replace(washout=5.5))
+    if verb != "reservoir_nmse":
+        with pytest.raises(ValueError, match="the validation part, which has no steps"):
+            run(TARGETS, Split(20, 150, 0, 60))
+
+
+def test_targets_that_are_not_looked_at_may_be_anything():
+    """Those of the washout; and one output that does not vary beside another."""
+    washed = TARGETS.at[:20].set(jnp.nan)
+    assert train_readout(reservoir(), INPUTS, washed, SPLIT)[1].test < 0.45
+    two = jnp.stack([TARGETS, jnp.ones(400)], axis=1)
+    assert jnp.isfinite(train_readout(reservoir(), INPUTS, two, SPLIT)[1].test)
+    # Where they are traced, what they are is not known.
+    error = jax.jit(lambda t: reservoir_nmse(reservoir(), INPUTS, t, SPLIT, 1e-6))(jnp.full(400, jnp.nan))
+    assert jnp.isnan(error)
