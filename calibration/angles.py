@@ -3,7 +3,7 @@
 Both are angles; at the nominal scale, pi is full transfer. What a controller wants is a population of s after pulse
 (stage) 1, and another after both; from no transfer (zero angle, or beyond it where a negative offset must be undone
 first) up to full transfer both are monotone in the angle that makes them, so that a bisection finds the angle to the
-last digit, or the nearest end where the device cannot give what is wanted.
+last digit, or the nearest end where the device cannot give what is wanted. What is not a number has no angle: NaN.
 """
 
 import dataclasses
@@ -11,14 +11,17 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from twin.batching import is_traced
 from twin.loop import AbstractMemristor, Settings
 from twin.memristor import IonMemristor
 from twin.photonic import PhotonicMemristor
 from twin.transfer import carrier_moments
 
 _HALVINGS = 52
+# Probabilities of being assigned to s closer than this are told apart by rounding only.
+_SAME = 1e-12
 
 
 def signal_of(
@@ -41,7 +44,8 @@ def signal_of(
     assert isinstance(device, IonMemristor)
     settings = Settings(jnp.zeros(1), jnp.zeros(1), jnp.zeros(angle_1.size, int))
     scale_1, scale_2 = _area_scales(device)
-    respond = device.by_area(settings, (scale_1 * jnp.max(angle_1), scale_2 * jnp.max(angle_2)))
+    # An angle that is no number spoils its own lane, not the series of all.
+    respond = device.by_area(settings, (scale_1 * jnp.nanmax(angle_1), scale_2 * jnp.nanmax(angle_2)))
     response = respond(scale_1 * angle_1, scale_2 * angle_2, alone=alone)
     return device.signal(response.populations)
 
@@ -116,13 +120,42 @@ def second_angle(
     return _bisected(rising, full_angles(device)[1], jnp.zeros_like(y) + least_transfer_angles(device)[1])
 
 
+def check_read_out(device: AbstractMemristor) -> None:
+    """Refuses a device whose counts, where known, do not depend on the population of s.
+
+    Raises:
+        ValueError: see above.
+    """
+    none, all_ = _assigned_ends(device)
+    if not is_traced(none, all_) and _same(none, all_):
+        raise ValueError(
+            f"this {type(device).__name__} assigns a shot to s with the same probability, {float(none):.3g}, in s and "
+            "outside it, so that counts tell nothing; correct its readout errors, or efficiency and dark counts."
+        )
+
+
 def population_estimate(device: AbstractMemristor, share: Float[Array, " lanes"]) -> Float[Array, " lanes"]:
     """Estimate of the population of s from the share of shots assigned to it, within [0, 1].
 
-    Shot noise carries an estimate beyond the ends, where no command lies; a controller then takes the end.
+    Shot noise carries an estimate beyond the ends, where no command lies; a controller then takes the end. Of a device
+    whose counts turn out to tell nothing while it is traced, the estimate is NaN.
+
+    Raises:
+        ValueError: a device whose counts are known to tell nothing.
     """
+    check_read_out(device)
+    none, all_ = _assigned_ends(device)
+    return jnp.clip((share - none) / jnp.where(_same(none, all_), jnp.nan, all_ - none), 0.0, 1.0)
+
+
+def _assigned_ends(device: AbstractMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Probabilities that a shot is assigned to s outside s and in it."""
     none, all_ = device.assigned_of(jnp.array([0.0, 1.0]))
-    return jnp.clip((share - none) / (all_ - none), 0.0, 1.0)
+    return none, all_
+
+
+def _same(none: Float[Array, ""], all_: Float[Array, ""]) -> Bool[Array, ""]:
+    return jnp.abs(all_ - none) < _SAME
 
 
 def _area_scales(device: IonMemristor) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -141,13 +174,18 @@ def _area_scales(device: IonMemristor) -> tuple[Float[Array, ""], Float[Array, "
 
 
 def _bisected(rising, top, bottom) -> Float[Array, " lanes"]:
-    """Where a rising function crosses zero between `bottom` (lanes) and `top`, or the end that comes nearest."""
+    """Where a rising function crosses zero between `bottom` (lanes) and `top`, or the end that comes nearest.
 
-    def halve(_, ends):
-        low, high = ends
+    NaN in the lanes where the function was NaN at an angle that was tried.
+    """
+
+    def halve(_, state):
+        low, high, failed = state
         middle = 0.5 * (low + high)
-        above = rising(middle) > 0
-        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+        value = rising(middle)
+        above = value > 0
+        return jnp.where(above, low, middle), jnp.where(above, middle, high), failed | jnp.isnan(value)
 
-    low, high = lax.fori_loop(0, _HALVINGS, halve, (bottom, jnp.zeros_like(bottom) + top))
-    return 0.5 * (low + high)
+    start = (bottom, jnp.zeros_like(bottom) + top, jnp.zeros(bottom.shape, bool))
+    low, high, failed = lax.fori_loop(0, _HALVINGS, halve, start)
+    return jnp.where(failed, jnp.nan, 0.5 * (low + high))

@@ -7,6 +7,7 @@ is exact, so nothing is trained step by step, and gradients go through it to wha
 """
 
 import itertools
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,11 +56,14 @@ class Split(NamedTuple):
         return slice(first, second), slice(second, third), slice(third, end)
 
     def check(self, steps: int) -> None:
-        """Refuses a record that is shorter than the parts, and parts without a step.
+        """Refuses a record that is shorter than the parts, parts without a step, and parts of steps.
 
         Raises:
             ValueError: see above; an empty validation part is allowed.
         """
+        for name, length in self._asdict().items():
+            if not isinstance(length, numbers.Integral):
+                raise ValueError(f"`{name}` of a split must be a whole number of steps, but is {length!r}.")
         if min(self) < 0 or self.train < 1 or self.test < 1:
             raise ValueError(f"parts of a record need at least one step for train and test, but are {tuple(self)}.")
         if sum(self) > steps:
@@ -85,6 +89,38 @@ def check_finite(features: Float[Array | np.ndarray, "steps features"], washout:
             f"features must be finite after the washout, but that of column {bad[0, 1]} is not in step "
             f"{bad[0, 0] + washout}: {hint}."
         )
+
+
+def check_targets(targets: Float[Array | np.ndarray, "steps *outputs"], steps: int, split: Split, judged: str) -> None:
+    """Refuses targets that do not fit a record or, where they are known, cannot be learned or judged by.
+
+    Args:
+        steps: of the record. split: its parts, which fit it.
+        judged: the parts whose errors are normalized by the variance of their targets: "validation", "test", or both.
+
+    Raises:
+        ValueError: another number of steps; a value of the train or a judged part that is not finite; a judged part
+            without variance.
+    """
+    if np.ndim(targets) < 1 or np.shape(targets)[0] != steps:
+        raise ValueError(f"targets must have one row for each of {steps} steps, but have shape {np.shape(targets)}.")
+    if is_traced(targets):
+        return
+    known = np.asarray(targets).reshape(steps, -1)
+    for name, part in zip(split._fields[1:], split.parts, strict=True):
+        if name != "train" and name not in judged.split():
+            continue
+        bad = np.argwhere(~np.isfinite(known[part]))
+        if len(bad) > 0:
+            raise ValueError(
+                f"targets must be finite, but that of step {bad[0, 0] + part.start}, in the {name} part, is "
+                f"{known[part][tuple(bad[0])]}: mend it, or choose other parts."
+            )
+        if name != "train" and np.all(known[part] == known[part][0]):
+            raise ValueError(
+                f"targets must vary in the {name} part, by whose variance its error is counted, but are all "
+                f"{known[part][0].tolist()}: choose other parts."
+            )
 
 
 def ridge_readout(

@@ -21,10 +21,12 @@ from calibration.ridge import (
     LinearReadout,
     Split,
     check_finite,
+    check_targets,
     chosen_readout,
     nmse,
     ridge_readout,
 )
+from twin.memory import MovingAverage
 from twin.network import Network, play
 
 SEEN = ("x", "y")
@@ -103,9 +105,11 @@ def train_readout(
         The reservoir with its read-out, and what was found; `Chosen.test` is the error on the test part.
 
     Raises:
-        ValueError: parts that do not fit the record, or cycles of them that are not valid, where known.
+        ValueError: parts or targets that do not fit the record; targets that are not finite or do not vary in the
+            validation or test part, or cycles that are not valid, where known.
     """
     split.check(inputs.shape[0])
+    check_targets(targets, inputs.shape[0], split, "validation test" if split.validation > 0 else "test")
     features = reservoir.features(inputs, shots=shots, key=key)
     check_finite(features[: sum(split)], split.washout, "keep the commands in [0, 1] by smaller encodings or edges")
     chosen = chosen_readout(features, targets, split, tuple(relative_ridges))
@@ -130,11 +134,13 @@ def reservoir_nmse(
         >>> many = eqx.filter_vmap(lambda tau: reservoir_nmse(reservoir_of(tau), u, t, split, 1e-6))(taus)
 
     Raises:
-        ValueError: parts that do not fit the record, an unknown or empty part.
+        ValueError: parts or targets that do not fit the record, an unknown or empty part; targets that are not finite
+            or do not vary in the part, where known.
     """
     split.check(inputs.shape[0])
     if part not in ("validation", "test") or getattr(split, part) < 1:
         raise ValueError(f"`part` must be 'validation' or 'test' and have steps, but is {part!r} of {tuple(split)}.")
+    check_targets(targets, inputs.shape[0], split, part)
     features = reservoir.features(inputs, shots=shots, key=key)
     train, validation, test = split.parts
     judged = validation if part == "validation" else test
@@ -190,10 +196,9 @@ def train_devices(
 ) -> Training:
     """Train parameters of the devices and edges on the validation part, with the read-out solved inside the loss.
 
-    Without shots: expectations have gradients, counts have none. Where outputs come back, a moving average whose window
-    is free needs its `capacity`. Derivatives by a command of exactly 0 or 1 are given as 0 for ions
-    (`twin.closed_form.set_area`), and are right for photonic nodes of nominal phases: train encodings of ions from
-    commands inside the interval.
+    Without shots: expectations have gradients, counts have none. Derivatives by a command of exactly 0 or 1 are given
+    as 0 for ions (`twin.closed_form.set_area`), and are right for photonic nodes of nominal phases: train encodings of
+    ions from commands inside the interval.
 
     Args:
         inputs, targets, split: as for `train_readout`.
@@ -204,10 +209,14 @@ def train_devices(
         on_progress: called now and then with the iterations done and the losses (log10 of the error).
 
     Raises:
-        ValueError: nothing free, a value outside its bounds, parts that do not fit the record or are empty, or a
-            command outside [0, 1] (or a cycle that is not valid) at every start.
+        ValueError: nothing free, a value outside its bounds, parts or targets that do not fit the record, parts that
+            are empty, targets that are not finite or do not vary in the validation or test part, or a command outside
+            [0, 1] (or a cycle that is not valid) at every start.
     """
     split.check(inputs.shape[0])
+    if split.validation < 1:
+        raise ValueError("parameters are trained on the validation part, which has no steps: give it some.")
+    check_targets(targets, inputs.shape[0], split, "validation test")
     if not free:
         raise ValueError("`free` names no parameter: give at least one `Free(where, low, high)`.")
     begin = []
@@ -220,7 +229,8 @@ def train_devices(
         begin.append(np.log(share / (1 - share)))
     points = np.concatenate(begin)[None]
     drawn = np.random.default_rng(seed).logistic(size=(starts - 1, points.shape[1]))
-    args = (reservoir, tuple(free.values()), inputs, targets, jnp.asarray(ridge, float), split)
+    room = _with_room(reservoir, tuple(free.values()))
+    args = (room, tuple(free.values()), inputs, targets, jnp.asarray(ridge, float), split)
     stage = Stage("adam", iterations, tolerance=1e-9, learning_rate=learning_rate)
     found = minimize(_loss, args, np.concatenate([points, drawn]), stage, on_progress=on_progress)
     if np.all(np.isnan(np.asarray(found.values))):
@@ -229,10 +239,11 @@ def train_devices(
             "commands in [0, 1] by smaller encodings or edges, or bound what is free more tightly."
         )
     best = int(np.nanargmin(np.asarray(found.values)))
-    trained = eqx.filter_jit(_with)(reservoir, args[1], found.points[best])
+    with_point = eqx.filter_jit(_with)
+    trained = with_point(reservoir, args[1], found.points[best])
     errors = [
         float(eqx.filter_jit(reservoir_nmse)(r, inputs, targets, split, ridge, part=part))
-        for r in (reservoir, trained)
+        for r in (room, with_point(room, args[1], found.points[best]))
         for part in ("validation", "test")
     ]
     train = split.parts[0]
@@ -250,6 +261,24 @@ def _with(reservoir: Reservoir, free: tuple[Free, ...], point: Float[Array, " pa
         old = where(network)
         values = low + (high - low) * jax.nn.sigmoid(point[at : at + old.size].reshape(old.shape))
         network, at = eqx.tree_at(where, network, values), at + old.size
+    return eqx.tree_at(lambda r: r.network, reservoir, network)
+
+
+def _with_room(reservoir: Reservoir, free: tuple[Free, ...]) -> Reservoir:
+    """The reservoir with buffers that its moving averages need inside a program, where a window is not known.
+
+    A buffer without a `capacity` gets that of its window, or of the longest that it may be trained to.
+    """
+    network = longest = reservoir.network
+    for where, _, high in free:
+        longest = eqx.tree_at(where, longest, jnp.full_like(where(longest), high))
+
+    def roomy(memory, most):
+        if not isinstance(memory, MovingAverage) or memory.capacity is not None:
+            return memory
+        return MovingAverage(memory.window_cycles, capacity=most.buffer_cycles)
+
+    network = jax.tree.map(roomy, network, longest, is_leaf=lambda node: isinstance(node, MovingAverage))
     return eqx.tree_at(lambda r: r.network, reservoir, network)
 
 

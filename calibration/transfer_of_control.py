@@ -32,6 +32,7 @@ from scipy.stats import qmc
 
 from calibration.angles import (
     angles_for,
+    check_read_out,
     check_starts_in_v,
     first_angle,
     population_estimate,
@@ -134,8 +135,9 @@ def side(
         weakest: smallest scale of areas or phases of the other devices whose command maps will be played on this one.
 
     Raises:
-        ValueError: an unknown parameter, an empty box, an ion that starts in s, dynamics that cannot be emulated, a
-            `weakest` that gives nothing, a calibration whose errors hardly fit into the boxes.
+        ValueError: an unknown parameter, an empty box, an ion that starts in s, a read-out that tells nothing, dynamics
+            that cannot be emulated, a `weakest` that gives nothing, a calibration whose errors hardly fit into the
+            boxes.
     """
     if not weakest > 0:
         raise ValueError(f"`weakest` is {weakest:g}, but a scale must be positive for any command to be given; let its "
@@ -144,12 +146,13 @@ def side(
     device = anchored(device)
     check_starts_in_v(device)
     check_parameters(device, boxes)
+    names = tuple(boxes)
+    free = FreeParameters.from_boxes(boxes) if names else None
+    check_read_out(device if free is None else with_values(device, names, 0.5 * (free.low + free.high)))
     if isinstance(device, IonMemristor) and not isinstance(device.method, ClosedForm):
         device = _emulated(device, boxes, experiment, weakest)
-    names = tuple(boxes)
-    if not names:
+    if free is None:
         return Side(device, names, jnp.zeros(0), jnp.zeros(0), None)
-    free = FreeParameters.from_boxes(boxes)
     data = Loops(bucketed(device, experiment, own_window="window_cycles" in boxes))
     problem = Problem(free, (Part("loops", device, data, len(table), "loops"),))
     prior = (None, None) if found is None else _prior_of(free, found, uniform)

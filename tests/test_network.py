@@ -212,6 +212,30 @@ def test_new_values_do_not_compile_again():
     assert np.max(np.abs(first - second)) > 0.01
 
 
+class CountingAverage(MovingAverage):
+    """A moving average that notes each time Python runs through it."""
+
+    def read(self, state):
+        TRACES.append(1)
+        return super().read(state)
+
+
+def test_a_new_window_that_fits_the_buffer_does_not_compile_again():
+    def traces(*windows, capacity=None):
+        TRACES.clear()
+        for window in windows:
+            device = PhotonicMemristor(memory=CountingAverage(window, capacity=capacity))
+            assert np.all(play(network(graph.ring(N, 0.15), device), U).valid)
+        return len(TRACES)
+
+    once = traces(5.0, capacity=17)
+    assert once > 0
+    assert traces(5.5, 9.0, 16.9, capacity=17) == 0
+    assert traces(5.0) == once
+    assert traces(5.5, 5.999) == 0
+    assert traces(6.0) == once  # its buffer is longer
+
+
 def test_hyper_parameters_are_batched_by_vmap():
     taus = np.array([1.5, 3.0, 6.0])
     one = lambda tau: play(network(graph.ring(N, 0.3), photonic(tau + jnp.zeros(N))), U).y

@@ -97,6 +97,47 @@ def test_training_lowers_the_error_of_both_parts():
     assert told[-1] == 40
 
 
+def averaging(nodes: int, graph, window) -> Reservoir:
+    """Moving averages, whose buffers have a length that is known when a program is compiled."""
+    device = PhotonicMemristor(memory=MovingAverage(window))
+    return Reservoir(Network((device,), graph, Encoding(jnp.linspace(0.2, 0.6, nodes)[:, None], 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "graph"), [(2, ring(2, 0.1)), (8, uncoupled(8) + ring(8, 0.1, delay_cycles=2))], ids=["few", "many"]
+)
+def test_known_windows_need_no_capacity_in_training(nodes, graph):
+    free = {"edges": Free(lambda n: n.graph.weight, 0.0, 0.3)}
+    plain, roomy = averaging(nodes, graph, 5.0), averaging(nodes, graph, 5.0)
+    roomy = eqx.tree_at(lambda r: r.network.devices[0].memory, roomy, MovingAverage(5.0, capacity=6))
+    a, b = (train_devices(r, INPUTS, TARGETS, SPLIT, free, iterations=3) for r in (plain, roomy))
+    assert a.after < a.before
+    np.testing.assert_array_equal(a.reservoir.network.graph.weight, b.reservoir.network.graph.weight)
+    assert a[1:] == b[1:]
+    # What comes back is the network that was given but for what was trained.
+    assert a.reservoir.network.devices[0].memory.capacity is None
+    assert b.reservoir.network.devices[0].memory.capacity == 6
+
+
+def test_a_free_window_has_room_up_to_its_bound():
+    free = {"window": Free(lambda n: n.devices[0].memory.window_cycles, 1.0, 12.0)}
+    found = train_devices(averaging(2, ring(2, 0.1), [8.5, 2.0]), INPUTS, TARGETS, SPLIT, free, iterations=25, starts=3)
+    assert found.after < 0.9 * found.before
+    memory = found.reservoir.network.devices[0].memory
+    assert memory.capacity is None
+    assert jnp.all((memory.window_cycles > 1.0) & (memory.window_cycles < 12.0))
+    assert found.test_after == pytest.approx(
+        float(reservoir_nmse(found.reservoir, INPUTS, TARGETS, SPLIT, 1e-6, part="test")), rel=1e-9
+    )
+    # Each start had a loss: a buffer that is too short would have given NaN.
+    values = []
+    train_devices(
+        averaging(2, ring(2, 0.1), [8.5, 2.0]), INPUTS, TARGETS, SPLIT, free, iterations=10, starts=4,
+        on_progress=lambda _, losses: values.append(losses),
+    )  # fmt: skip
+    assert np.all(np.isfinite(values[-1]))
+
+
 def test_hyper_parameters_are_judged_in_batches():
     """A mapped error is the error of each; so are windows of moving averages, which are traced there."""
 
@@ -149,3 +190,42 @@ def test_bad_input_is_refused():
         train_readout(outside, INPUTS, TARGETS, SPLIT)
     with pytest.raises(ValueError, match="NaN at every start: keep the commands"):
         train_devices(outside, INPUTS, TARGETS, SPLIT, {"tau": FREE["tau"]}, iterations=2)
+
+
+@pytest.mark.parametrize("verb", ["train_readout", "train_devices", "reservoir_nmse"])
+def test_targets_that_nothing_can_be_learned_from_are_refused(verb):
+    run = {
+        "train_readout": lambda targets, split=SPLIT: train_readout(reservoir(), INPUTS, targets, split),
+        "train_devices": lambda targets, split=SPLIT: train_devices(
+            reservoir(), INPUTS, targets, split, FREE, iterations=1
+        ),
+        "reservoir_nmse": lambda targets, split=SPLIT: reservoir_nmse(
+            reservoir(), INPUTS, targets, split, 1e-6, part="test"
+        ),
+    }[verb]
+    wrong = {
+        r"targets must be finite, but that of step 30, in the train part, is nan": TARGETS.at[30].set(jnp.nan),
+        r"targets must be finite, but that of step 399, in the test part, is inf": TARGETS.at[399].set(jnp.inf),
+        r"targets must vary in the (validation|test) part, .* are all \[0.3\]": jnp.full(400, 0.3),
+        r"one row for each of 400 steps, but have shape \(399,\)": TARGETS[1:],
+        r"one row for each of 400 steps, but have shape \(\)": jnp.asarray(0.3),
+    }
+    for says, targets in wrong.items():
+        with pytest.raises(ValueError, match=says):
+            run(targets)
+    with pytest.raises(ValueError, match=r"`washout` of a split must be a whole number of steps, but is 5\.5"):
+        run(TARGETS, SPLIT._replace(washout=5.5))
+    if verb != "reservoir_nmse":
+        with pytest.raises(ValueError, match="the validation part, which has no steps"):
+            run(TARGETS, Split(20, 150, 0, 60))
+
+
+def test_targets_that_are_not_looked_at_may_be_anything():
+    """Those of the washout; and one output that does not vary beside another."""
+    washed = TARGETS.at[:20].set(jnp.nan)
+    assert train_readout(reservoir(), INPUTS, washed, SPLIT)[1].test < 0.45
+    two = jnp.stack([TARGETS, jnp.ones(400)], axis=1)
+    assert jnp.isfinite(train_readout(reservoir(), INPUTS, two, SPLIT)[1].test)
+    # Where they are traced, what they are is not known.
+    error = jax.jit(lambda t: reservoir_nmse(reservoir(), INPUTS, t, SPLIT, 1e-6))(jnp.full(400, jnp.nan))
+    assert jnp.isnan(error)

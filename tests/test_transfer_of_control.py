@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from tables import settings
 
-from calibration.angles import angles_for, population_estimate, signal_of
+from calibration.angles import angles_for, first_angle, population_estimate, second_angle, signal_of
 from calibration.intervals import mean_interval
 from calibration.transfer_of_control import (
     DESIGNED_ON,
     features,
     image,
     law_loop,
+    law_loss,
     losses,
     map_loss,
     pairs,
@@ -21,8 +22,10 @@ from calibration.transfer_of_control import (
     side,
     task,
 )
+from twin.area_series import AreaSeries
+from twin.dynamics import StaticGrid
 from twin.memory import MovingAverage
-from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, run
+from twin.memristor import ClosedForm, IonMemristor, Lindblad, PhotonicMemristor, planned, run
 from twin.transfer import to_photonic
 
 MEMORY = MovingAverage(5.0)
@@ -90,6 +93,43 @@ def test_angles_reach_the_ends_of_a_stage_with_an_offset(offset):
     np.testing.assert_allclose(signal_of(device, one, 0 * one, alone=True)[0], rest, atol=1e-12)
     np.testing.assert_allclose(one[0], max(0.0, -offset / 1.1), atol=1e-7)
     np.testing.assert_allclose(signal_of(device, one, two, alone=False)[1:], [1.0, 0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "device", [ion(method=AreaSeries(StaticGrid(1e-6))), element(**IMPERFECT)], ids=["ion", "chip"]
+)
+def test_what_is_not_a_number_has_no_angle_and_leaves_the_other_lanes(device):
+    if isinstance(device, IonMemristor):
+        device = planned(device, {"rabi_scale_1": (0.9, 1.1)})
+    wanted, good = jnp.array([0.3, jnp.nan, 0.6]), np.array([0, 2])
+    one = first_angle(device, wanted)
+    assert np.isnan(one).tolist() == [False, True, False]
+    # The series of the ion ends at the largest angle that is tried, and is as good as its grid.
+    np.testing.assert_allclose(one[good], first_angle(device, wanted[good]), atol=1e-6)
+    two = second_angle(device, one, jnp.array([0.2, 0.2, 0.2]))
+    assert np.isnan(two).tolist() == [False, True, False]
+    np.testing.assert_allclose(two[good], second_angle(device, one[good], jnp.array([0.2, 0.2])), atol=1e-6)
+    assert np.isnan(second_angle(device, one, jnp.array([0.2, 0.2, jnp.nan])))[2]
+
+
+BLIND = {"chip": element(efficiency=0.0), "ion": ion(readout_error_bright=0.3, readout_error_dark=0.7)}
+
+
+@pytest.mark.parametrize("device", BLIND.values(), ids=BLIND)
+def test_a_read_out_that_tells_nothing_is_refused_where_known_and_no_number_where_not(device):
+    share = jnp.array([0.0, 0.5, 1.0])
+    with pytest.raises(ValueError, match=r"with the same probability, .* so that counts tell nothing"):
+        population_estimate(device, share)
+    with pytest.raises(ValueError, match="counts tell nothing"):
+        side(device, {}, TABLE)
+    assert np.all(np.isnan(eqx.filter_jit(population_estimate)(device, share)))
+    # A pair of which this becomes known as it is played could not be played.
+    assert np.isnan(eqx.filter_jit(law_loss)(device, device, ASKED, jax.random.key(0)))
+
+
+def test_a_read_out_is_judged_in_its_box():
+    """What the device says of a parameter that has a box does not matter."""
+    assert side(element(efficiency=0.0), {"efficiency": (0.5, 1.0)}, TABLE).names == ("efficiency",)
 
 
 def test_an_ion_that_starts_in_s_is_refused():

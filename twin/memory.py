@@ -29,6 +29,11 @@ def _require_at_least_one_cycle(name: str, value: Array) -> None:
         )
 
 
+def _cycles_held(windows: Array) -> int:
+    """Inputs that the longest of known windows holds: floor(T) + 1, the last for the derivative where T is whole."""
+    return int(np.floor(np.max(np.asarray(windows)))) + 1
+
+
 def _lagged(u: Float[Array, "cycles *batch"], index: Int[Array, "cycles *lanes"]) -> Float[Array, "cycles *batch"]:
     """Rows of u by index, zero for the rows before the first."""
     return jnp.where(index >= 0, jnp.take_along_axis(u, jnp.maximum(index, 0), axis=0), 0.0)
@@ -97,8 +102,8 @@ class MovingAverage(AbstractMemory):
 
     Args:
         window_cycles: T >= 1 in cycles, scalar or broadcastable to the batch shape of the inputs.
-        capacity: static length in cycles of the streaming buffer, at least floor(T) + 1. Needed only where a traced
-            window is streamed; otherwise `init` takes ceil(T) + 1.
+        capacity: static length in cycles of the streaming buffer, at least floor(T) + 1, which is the default. Needed
+            where a traced window is streamed; windows streamed with one `capacity` share a compiled program.
 
     Raises:
         ValueError: a window below one cycle or not finite, or a capacity too short for it. A traced window that is
@@ -111,7 +116,7 @@ class MovingAverage(AbstractMemory):
     def __check_init__(self):
         _require_at_least_one_cycle("window_cycles", self.window_cycles)
         if self.capacity is not None and not isinstance(self.window_cycles, Tracer):
-            needed = int(np.floor(np.max(np.asarray(self.window_cycles)))) + 1
+            needed = _cycles_held(self.window_cycles)
             if self.capacity < needed:
                 raise ValueError(
                     f"`capacity` must be at least {needed} cycles for this window, but is {self.capacity}."
@@ -139,17 +144,24 @@ class MovingAverage(AbstractMemory):
         oldest = jnp.arange(x.shape[0]).reshape(-1, *(1,) * len(batch)) - 1 - count
         return self._average(_sum_of_previous(u, count) + part * _lagged(u, oldest))
 
-    def init(self, shape: tuple[int, ...] = ()) -> Float[Array, "capacity *batch"]:
+    @property
+    def buffer_cycles(self) -> int:
+        """Length of the streaming buffer: `capacity`, or what the window needs.
+
+        Raises:
+            ValueError: a traced window without a `capacity`.
+        """
         if self.capacity is not None:
-            capacity = self.capacity
-        elif isinstance(self.window_cycles, Tracer):
+            return self.capacity
+        if isinstance(self.window_cycles, Tracer):
             raise ValueError(
                 "`capacity` must be given to stream a traced `window_cycles`: the length of the buffer is static. "
                 "Build MovingAverage(window_cycles, capacity=longest window in cycles + 1)."
             )
-        else:
-            capacity = int(np.ceil(np.max(np.asarray(self.window_cycles)))) + 1
-        return jnp.zeros((capacity, *shape), self.window_cycles.dtype)
+        return _cycles_held(self.window_cycles)
+
+    def init(self, shape: tuple[int, ...] = ()) -> Float[Array, "capacity *batch"]:
+        return jnp.zeros((self.buffer_cycles, *shape), self.window_cycles.dtype)
 
     def read(self, state: Float[Array, "capacity *batch"]) -> Float[Array, "*batch"]:
         whole, part = self._whole_and_part()
