@@ -19,6 +19,7 @@ variance, on new counts of the real device.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -201,10 +202,11 @@ def image(device: AbstractMemristor, like: AbstractMemristor) -> AbstractMemrist
     """What the dictionary makes of a device for the platform of another; an ion by the closed form.
 
     An ion that the dictionary makes is played by the closed form: areas and readout are moved, while linewidth, decay
-    and noise, which stand for contrast and loss there, are left out, and with them what they shift the scales by.
+    and noise, which stand for contrast and loss there, are left out, and with them what they shift the scales by. The
+    other way round, of an ion that plays by the closed form nothing is moved that this form ignores.
     """
     if isinstance(like, PhotonicMemristor):
-        return to_photonic(device) if isinstance(device, IonMemristor) else device
+        return to_photonic(_as_played(device)) if isinstance(device, IonMemristor) else device
     if isinstance(device, PhotonicMemristor):
         assert isinstance(like, IonMemristor)
         rest = IonMemristor(memory=like.memory, scheme=like.scheme, method=ClosedForm(), branching=1.0)
@@ -214,6 +216,19 @@ def image(device: AbstractMemristor, like: AbstractMemristor) -> AbstractMemrist
         )  # fmt: skip
         return dataclasses.replace(to_ion(whole, rest), slow_noise=None)
     return device
+
+
+def _as_played(ion: IonMemristor) -> IonMemristor:
+    """The ion without the detunings, linewidths and decay that its method, where it is the closed form, ignores."""
+    if not isinstance(ion.method, ClosedForm):
+        return ion
+    noise = ion.slow_noise
+    if noise is not None:
+        noise = dataclasses.replace(noise, detuning_noise_1_hz=0.0, detuning_noise_2_hz=0.0)
+    return dataclasses.replace(
+        ion, detuning_1_hz=0.0, detuning_2_hz=0.0, laser_linewidth_hz=0.0, laser_linewidth_1_hz=0.0,
+        laser_linewidth_2_hz=0.0, lifetime_s=math.inf, m_lifetime_s=math.inf, slow_noise=noise,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ tasks

@@ -143,7 +143,7 @@ def test_a_response_shows_the_ideal_channel():
 
 
 def test_a_noisy_interferometer_shows_the_average_of_its_channels():
-    """Stage 2 with phase noise is a mean of dampings; the run of stage 1 alone passes the open stage, noise and all."""
+    """Stage 2 with phase noise is a mean of dampings, whatever stands in front of it."""
     r, sigma, loss = np.array([0.2, 0.7]), 0.3, 0.1
     device = dataclasses.replace(
         IDEAL, phase_noise_2_rad=jnp.asarray(sigma), loss=jnp.asarray(loss), loss_input=jnp.asarray(0.2)
@@ -152,13 +152,61 @@ def test_a_noisy_interferometer_shows_the_average_of_its_channels():
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights /= weights.sum()
     half = np.arcsin(np.sqrt(r))[:, None] + 0.5 * sigma * nodes
-    kept = (1 - loss) * (np.cos(half) ** 2 @ weights) / (np.cos(0.5 * sigma * nodes) ** 2 @ weights)
-    factor = np.sqrt(1 - loss) * (np.cos(half) @ weights) / (np.cos(0.5 * sigma * nodes) @ weights)
+    kept, factor = (1 - loss) * (np.cos(half) ** 2 @ weights), np.sqrt(1 - loss) * (np.cos(half) @ weights)
     zero = np.zeros(2)
     np.testing.assert_allclose(channel.population_matrix, [[zero + 1, 1 - kept], [zero, kept]], atol=1e-12)
     np.testing.assert_allclose(channel.coherence_factor, [factor, zero], atol=1e-12)
     assert np.all(np.asarray(channel.smallest_choi_eigenvalue()) > -1e-12)
     assert np.all(np.asarray(channel.residual) < 1e-12)
+
+
+def with_fields(**fields) -> PhotonicMemristor:
+    return dataclasses.replace(IDEAL, **{name: jnp.asarray(value) for name, value in fields.items()})
+
+
+@pytest.mark.parametrize("offset", [-0.12, -0.8])
+def test_a_command_that_undoes_an_offset_amplifies_nothing(offset):
+    r = jnp.array([0.0, np.sin(offset / 2) ** 2, 0.7])
+    channel = node_channel(with_fields(phase_offset_2_rad=offset), r)
+    damped = amplitude_damping(jnp.sin(jnp.arcsin(jnp.sqrt(r)) + offset / 2) ** 2)
+    np.testing.assert_allclose(channel.population_matrix, damped.population_matrix, atol=1e-12)
+    np.testing.assert_allclose(channel.population_matrix[1, 1, 1], 1, atol=1e-12)
+    assert np.all(np.asarray(channel.smallest_choi_eigenvalue()) > -1e-12)
+    assert bool(channel.valid.all())
+
+
+def test_no_chip_makes_entanglement():
+    node = with_fields(phase_offset_2_rad=-0.8, visibility_2=0.98, phase_noise_2_rad=0.1, loss=0.02)
+    for states in (both_or_none(0.05 * X), werner(one_excitation(X), 0.9)):
+        trace = play_pair((node, node), states)
+        assert bool(trace.valid.all())
+        assert np.all(np.asarray(trace.concurrence_out - trace.concurrence_in) < 1e-12)
+
+
+@pytest.mark.parametrize("source", ["measured", "model", "command"])
+def test_a_memory_reads_what_passes_the_open_stage(source):
+    """The run of stage 1 alone feeds the memory of a single device in the same way."""
+    fields = {"phase_offset_2_rad": -0.6, "visibility_2": 0.9, "phase_noise_2_rad": 0.2, "dark_counts": 0.05}
+    node = dataclasses.replace(with_fields(**fields), source=source)
+    trace = play_pair((node, node), one_excitation(X))
+    np.testing.assert_allclose(trace.r[0], run(node, X).r, atol=1e-12)
+    np.testing.assert_allclose(trace.y[0], run(node, X).y, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{"visibility_1": 0.0}, {"loss_input": 1.0}, {"phase_offset_1_rad": np.pi}])
+def test_what_stands_in_front_of_stage_2_is_no_part_of_the_channel(fields):
+    r = jnp.array([0.0, 0.3, 1.0])
+    channel = node_channel(with_fields(**fields), r)
+    np.testing.assert_allclose(channel.population_matrix, amplitude_damping(r).population_matrix, atol=1e-12)
+    assert bool(channel.valid.all())
+
+
+def test_a_channel_that_cannot_be_told_is_not_valid():
+    # No area of pulse 1: all three probes are the same.
+    ion = IonMemristor(memory=MovingAverage(5.0), method=ClosedForm(), rabi_scale_1=0.0)
+    channel = node_channel(ion, jnp.array([0.3]))
+    assert not channel.valid.any()
+    assert np.isnan(np.asarray(channel.population_matrix)).all()
 
 
 @pytest.mark.parametrize("memory_inputs", [OWN, CROSSED])

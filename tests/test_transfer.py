@@ -223,6 +223,21 @@ def test_remainder_of_a_linewidth_is_the_light_that_zero_area_does_not_lose(left
     assert left.with_only["linewidth"].x == pytest.approx(0.5 * nu * dephasing, rel=0.2)
 
 
+@pytest.mark.parametrize("separation_s", [80e-6, 120e-6])
+def test_decay_alone_is_that_between_the_pulses_as_they_stand(separation_s):
+    # At x = r = 1 the ion waits in s, where (1 - branching) of what decays falls to m, which pulse 2 brings back to s.
+    lifetime_s, branching = 20e-3, 0.4
+    ion = ideal(method=Lindblad(1e-8), lifetime_s=lifetime_s, branching=branching, separation_s=separation_s)
+    found = remainder(ion, points=3)
+    back = (1 - branching) * -np.expm1(-separation_s / lifetime_s) * np.exp(-float(ion.tail_s) / lifetime_s)
+    # Pulses of 20 us take a part of the wait.
+    assert 0.85 * back < found.with_only["decay"].y < back
+    # Overlap and decay are small here, and add up.
+    apart = found.with_all_but["overlap of pulses"]
+    assert apart.y == pytest.approx(found.with_only["decay"].y, rel=1e-9)
+    assert apart.rms_y == pytest.approx(found.with_only["decay"].rms_y, rel=1e-9)
+
+
 def test_states_that_are_not_carried(left):
     # m holds R x until it is repumped; of the ladder it falls into a leak level within a millisecond.
     assert 0.5 < left.missing < 1

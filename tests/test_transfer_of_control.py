@@ -155,6 +155,16 @@ def test_a_command_map_is_moved_exactly_where_the_dictionary_is(fields):
     assert loss(image(target, source), source, 7) < 1e-10
 
 
+@pytest.mark.parametrize("fields", [{}, {"detuning_1_hz": 400.0, "laser_linewidth_hz": 200.0}])
+def test_an_ion_in_closed_form_is_moved_without_what_that_ignores(fields):
+    # Its decay, in 52.7 ms unless another lifetime is named, is one of these things.
+    source = IonMemristor(memory=MEMORY, method=ClosedForm(), rabi_scale_1=1.03, **fields)
+    there = image(source, element())
+    assert isinstance(there, PhotonicMemristor)
+    assert float(there.loss) == float(there.loss_input) == 0
+    assert eqx.filter_jit(map_loss)(source, there, 7) < 1e-10
+
+
 def test_the_image_of_a_chip_without_contrast_keeps_its_scales():
     imperfect = {"visibility_1": 0.9, "visibility_2": 0.8, "phase_noise_1_rad": 0.1, "loss": 0.1, "loss_input": 0.2}
     found = image(element(efficiency=0.9, **imperfect), ion())

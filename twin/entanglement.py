@@ -5,8 +5,9 @@ its memory makes of earlier inputs. An ideal node damps the amplitude of s,
 
     K_0 = diag(1, sqrt(1 - R)),   K_1 = sqrt(R) |v><s|,
 
-and a real one is the qubit channel that its own responses show (`node_channel`). Neither creates entanglement, but how
-much is left depends on the past: concurrence out against concurrence in is a loop. Of the pair state
+and a real one is the qubit channel that its own responses show (`node_channel`). Neither creates entanglement (a real
+one beyond its `residual`), but how much is left depends on the past: concurrence out against concurrence in is a loop.
+Of the pair state
 
     sqrt(1 - x) |v s> + sqrt(x) |s v>:   C_out = C_in sqrt((1 - R_A)(1 - R_B)).
 
@@ -14,6 +15,9 @@ How the pair was made is not the business of this module. A. Ferrara and R. Lo F
 that the entanglement of two independent photonic quantum memristors has memristive dynamics; only their abstract was
 read, and no figure of theirs is claimed.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,10 +31,18 @@ from twin.closed_form import flat_root
 from twin.loop import SOURCES, AbstractMemristor, Responder, Response, Settings
 from twin.memory_inputs import OWN, checked_memory_inputs, into_memories
 from twin.memristor import IonMemristor
+from twin.photonic import PhotonicMemristor
 from twin.qubit_pairs import Correlations
 
 # Inputs by which a node shows its channel: nothing, everything, and an even superposition.
 _PROBES = (0.0, 1.0, 0.5)
+# Of a chip, what stands in front of stage 2, made ideal: the pair arrives behind it.
+_IDEAL_FRONT = {
+    **{"phase_scale_1": 1.0, "phase_offset_1_rad": 0.0, "visibility_1": 1.0, "phase_noise_1_rad": 0.0},
+    "loss_input": 0.0,
+}
+# Negative eigenvalues of the Choi matrix that rounding leaves, and that a map read off with a residual may have.
+_ROUNDING, _RESIDUALS = 1e-9, 4.0
 
 
 class QubitChannel(eqx.Module):
@@ -44,7 +56,8 @@ class QubitChannel(eqx.Module):
         coherence_factor: real and imaginary part of the factor of rho_vs, shape (2, *batch).
         residual: by how much the device's own output populations differ from this map for an input that was not used
             to find it; shape (*batch). Zero where pulses are apart and do not share noise. The factor is not checked.
-        valid: shape (*batch); NaN elsewhere.
+        valid: shape (*batch); NaN elsewhere. Finite, and completely positive as far as can be told: an eigenvalue of
+            the Choi matrix may be negative by 1e-9, the error of the method, and four times the residual.
     """
 
     population_matrix: Float[Array, "2 2 ..."]
@@ -90,9 +103,11 @@ def amplitude_damping(r) -> QubitChannel:
 def node_channel(device: AbstractMemristor, r) -> QubitChannel:
     """The qubit channel of a device at given transfers.
 
-    Its input is the qubit {v, s} as the run of pulse 1 alone shows it, its output that after both pulses, both with m
-    repumped to v. Both depend linearly on what was prepared, so the commands x = 0 and x = 1 give the populations, and
-    x = 1/2 the coherence and, as a check, populations again (`residual`).
+    Of an ion the input is the qubit {v, s} as the run of pulse 1 alone shows it; of a chip it is the photon where it
+    enters stage 2, so that the channel is that of stage 2 and the losses behind it, whatever stands in front. The
+    output is what both pulses leave; m is repumped to v in both. Both depend linearly on what was prepared, so the
+    commands x = 0 and x = 1 give the populations, and x = 1/2 the coherence and, as a check, populations again
+    (`residual`).
 
     Args:
         device: an `IonMemristor` or `PhotonicMemristor` without batch axes of its own beyond those of r.
@@ -110,7 +125,23 @@ def node_channel(device: AbstractMemristor, r) -> QubitChannel:
 
 @eqx.filter_jit
 def _node_channel(device: AbstractMemristor, r) -> QubitChannel:
-    return channel_of(device.under(Settings()), r)
+    return _channel_of(_responders(device), r)
+
+
+class _Responders(NamedTuple):
+    """What answers cycles with the qubit that enters a node, and with the one that leaves it."""
+
+    before: Responder
+    after: Responder
+
+
+def _responders(device: AbstractMemristor) -> _Responders:
+    if not isinstance(device, PhotonicMemristor):
+        respond = device.under(Settings())
+        return _Responders(respond, respond)
+    # Its own run of stage 1 alone passes the open stage 2. A command that undoes an offset leaks less than that one.
+    behind = dataclasses.replace(device, **_IDEAL_FRONT)
+    return _Responders(PhotonicMemristor(memory=device.memory).under(Settings()), behind.under(Settings()))
 
 
 def prepared_node(device: AbstractMemristor, cycles: int) -> AbstractMemristor:
@@ -125,12 +156,12 @@ def prepared_node(device: AbstractMemristor, cycles: int) -> AbstractMemristor:
     return device.prepared(jnp.linspace(0.0, 1.0, len(_PROBES) * cycles), Settings())
 
 
-def channel_of(respond: Responder, r: Float[Array, "cycles ..."]) -> QubitChannel:
+def _channel_of(respond: _Responders, r: Float[Array, "cycles ..."]) -> QubitChannel:
     """The channel at transfers r of what answers cycles: see `node_channel`."""
     cycles = r.shape[0]
     x = jnp.concatenate([jnp.full_like(r, probe) for probe in _PROBES])
-    before = respond(x, jnp.zeros_like(x), alone=True)
-    after = respond(x, jnp.concatenate([r] * len(_PROBES)), alone=False)
+    before = respond.before(x, jnp.zeros_like(x), alone=True)
+    after = respond.after(x, jnp.concatenate([r] * len(_PROBES)), alone=False)
     # (v and m repumped, s) for each probe.
     (off_in, on_in, half_in), (off, on, half) = (_by_probe(run, cycles) for run in (before, after))
     determinant = off_in[0] * on_in[1] - on_in[0] * off_in[1]
@@ -143,13 +174,14 @@ def channel_of(respond: Responder, r: Float[Array, "cycles ..."]) -> QubitChanne
     factor = jnp.stack([(c * a + d * b) / square, (d * a - c * b) / square])
     matrix = jnp.stack([jnp.stack(row) for row in rows])
     missed = [jnp.abs(rows[k][0] * half_in[0] + rows[k][1] * half_in[1] - half[k]) for k in (0, 1)]
-    valid = jnp.all((before.valid & after.valid).reshape((len(_PROBES), *r.shape)), axis=0)
-    return QubitChannel(
-        jnp.where(valid, matrix, jnp.nan),
-        jnp.where(valid, factor, jnp.nan),
-        jnp.where(valid, jnp.maximum(*missed), jnp.nan),
-        valid,
-    )
+    of_probes = lambda values: jnp.broadcast_to(values, x.shape).reshape((len(_PROBES), *r.shape))
+    valid = jnp.all(of_probes(before.valid & after.valid), axis=0)
+    error = jnp.max(of_probes(before.error_estimate + after.error_estimate), axis=0)
+    found = QubitChannel(matrix, factor, jnp.maximum(*missed), valid)
+    # No comparison with NaN holds.
+    lowest = -(_ROUNDING + error + _RESIDUALS * found.residual)
+    valid = valid & jnp.isfinite(lowest) & (found.smallest_choi_eigenvalue() >= lowest)
+    return QubitChannel(*(jnp.where(valid, a, jnp.nan) for a in (matrix, factor, found.residual)), valid)
 
 
 def _by_probe(response: Response, cycles: int) -> list[tuple[Float[Array, "..."], Float[Array, "..."]]]:
@@ -199,8 +231,9 @@ def play_pair(
     """A new pair in each cycle through two nodes, whose memories average the populations that they were fed.
 
     Args:
-        nodes: A and B, of either platform each. Their `source` says what enters a memory: "measured", the probability
-            that the reduced input would be assigned to s; "model" and "command", its population.
+        nodes: A and B, of either platform each. Their `source` says what enters a memory: "command", the population of
+            the reduced input; "model", what of it a run without pulse 2 shows (of a chip, what passes the open stage
+            2); "measured", the probability that this is assigned to s.
         states: the pair of each cycle, shape (4, 4, cycles, *batch): see `twin.qubit_pairs`.
         memory_inputs: `OWN`, `CROSSED` (each memory averages what the other node was fed), or weights.
 
@@ -225,7 +258,7 @@ def play_pair(
 def _play_pair(nodes, states, weights) -> PairTrace:
     fed = into_memories(weights, _fed(nodes, states))
     r = jnp.stack([node.memory.filter(fed[k]) for k, node in enumerate(nodes)])
-    channels = [channel_of(node.under(Settings()), r[k]) for k, node in enumerate(nodes)]
+    channels = [_channel_of(_responders(node), r[k]) for k, node in enumerate(nodes)]
     return _trace(states, through(*channels, states), r, channels)
 
 
@@ -248,13 +281,13 @@ def store_pair(
 
 @eqx.filter_jit
 def _store_pair(nodes, memories, state, cycles: int, weights) -> PairTrace:
-    respond = [node.under(Settings()) for node in nodes]
+    respond = [_responders(node) for node in nodes]
 
     def cycle(carry, _):
         state, memories = carry
         r = jnp.stack([node.memory.read(memory) for node, memory in zip(nodes, memories, strict=True)])
         # One cycle is a loop of one, whose axis is taken away again.
-        channels = [channel_of(respond[k], jnp.broadcast_to(r[k], state.shape[2:])[None]) for k in (0, 1)]
+        channels = [_channel_of(respond[k], jnp.broadcast_to(r[k], state.shape[2:])[None]) for k in (0, 1)]
         channels = [jax.tree.map(lambda a: jnp.squeeze(a, a.ndim - state.ndim + 1), channel) for channel in channels]
         out = through(*channels, state)
         fed = into_memories(weights, _fed(nodes, state))
@@ -287,10 +320,14 @@ def _check(nodes, states: Correlations, axes: int) -> None:
 
 def _fed(nodes, states: Correlations) -> Float[Array, "2 ..."]:
     """What each node's own input looks like to a controller."""
-    x = qubit_pairs.excitations(states)
-    return jnp.stack(
-        [node.assigned_of(own) if node.source == "measured" else own for node, own in zip(nodes, x, strict=True)]
-    )
+    return jnp.stack([_seen(node, own) for node, own in zip(nodes, qubit_pairs.excitations(states), strict=True)])
+
+
+def _seen(node, own: Float[Array, "..."]) -> Float[Array, "..."]:
+    if node.source == "command":
+        return own
+    shown = node.passed_open * own if isinstance(node, PhotonicMemristor) else own
+    return node.assigned_of(shown) if node.source == "measured" else shown
 
 
 def _trace(states, outs, r, channels) -> PairTrace:

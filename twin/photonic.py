@@ -278,6 +278,12 @@ class PhotonicMemristor(AbstractMemristor):
         return jnp.where(nominal, area * counted**2 if of_clicks else area, jnp.nan)
 
     @property
+    def passed_open(self) -> Float[Array, "..."]:
+        """Share of the photon in the signal mode that passes the open stage 2, 1 - T_2(0)."""
+        own = self.phase_scale_2, self.phase_offset_2_rad, self.visibility_2, self.phase_noise_2_rad
+        return 1 - interferometer(0.0, *own).transfer
+
+    @property
     def _phase_errors(self) -> tuple[Float[Array, "..."], ...]:
         """What vanishes where phases are nominal."""
         return self.phase_scale_1 - 1, self.phase_scale_2 - 1, self.phase_offset_1_rad, self.phase_offset_2_rad

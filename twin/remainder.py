@@ -1,8 +1,10 @@
 """What the dictionary does not carry over from an ion to a photonic element, measured cause by cause.
 
 Populations: the element of `twin.transfer.to_photonic` is played beside the ion over the square of commands, with one
-imperfection of the ion at a time and with all but one. States: an ion whose m is not repumped leaves a block in {v, s}
-of trace 1 - R x, which no photonic element has; decay fills a leak level; detuning turns the phase of the output.
+imperfection of the ion at a time and with all but one. Pulses that overlap stay where they are, as further apart they
+would decay for longer: what overlap alone does is taken off the differences, command by command. States: an ion whose m
+is not repumped leaves a block in {v, s} of trace 1 - R x, which no photonic element has; decay fills a leak level;
+detuning turns the phase of the output.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from twin.slow_noise import SlowNoise
 from twin.transfer import to_photonic
 
 # Pulses this many widths apart do not overlap to 1e-9.
-_APART = 9.0
+_APART, _OVERLAP = 9.0, "overlap of pulses"
 _NO_OFFSET = Settings()
 # l1 coherence of the resonant ion below which a phase says little: it turns where the coherence passes through zero.
 _SEEN = 0.1
@@ -83,7 +85,7 @@ def imperfections(ion: IonMemristor) -> dict[str, Callable[[IonMemristor], IonMe
         found["light shift"] = plain(stark_1_hz=0.0, stark_2_hz=0.0)
     far = _APART * jnp.maximum(ion.sigma_1_s, ion.sigma_2_s)
     if bool(np.any(np.asarray(ion.separation_s) < np.asarray(far))):
-        found["overlap of pulses"] = plain(separation_s=jnp.maximum(ion.separation_s, far))
+        found[_OVERLAP] = plain(separation_s=jnp.maximum(ion.separation_s, far))
     return found
 
 
@@ -101,14 +103,20 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
         raise ValueError(f"`points` must be at least 2, but is {points}; a grid needs its ends.")
     causes = imperfections(ion)
     variants = [ion, _off(ion, causes, set(causes))]
-    variants += [_off(ion, causes, set(causes) - {one}) for one in causes]
-    variants += [_off(ion, causes, {one}) for one in causes]
+    variants += [_off(ion, causes, set(causes) - {one, _OVERLAP}) for one in causes]
+    variants += [_off(ion, causes, {one} - {_OVERLAP}) for one in causes]
     x, r = (grid.ravel() for grid in np.meshgrid(*2 * [np.sin(np.pi * np.arange(points) / (2 * points - 2)) ** 2]))
     lanes = lambda command: np.repeat(command[:, None], len(variants), axis=1)
     batch = _stacked(variants)
     played, element = (_play(device, lanes(x), lanes(r)) for device in (batch, to_photonic(batch)))
-    gaps = _gaps(played, element)
     names, count = list(causes), len(causes)
+    x_off, y_off = _differences(played, element)
+    if _OVERLAP in causes:
+        of_overlap = 2 + names.index(_OVERLAP)
+        without = [2 + k for k in range(count) if 2 + k != of_overlap] + [of_overlap + count]
+        for off in (x_off, y_off):
+            off[:, without] -= off[:, [of_overlap]] - off[:, [1]]
+    gaps = _gaps(x_off, y_off)
     own = lambda values: np.asarray(values)[..., 0]
     populations = own(played.populations)
     turned, resonant = (np.asarray(played.coherence_vs)[0, :, k] + 1j * np.asarray(played.coherence_vs)[1, :, k]
@@ -130,7 +138,7 @@ def remainder(ion: IonMemristor, points: int = 7) -> Remainder:
 def population_gap(one: AbstractMemristor, other: AbstractMemristor, points: int = 7) -> Gap:
     """Largest and rms difference of two devices over the square of commands, the first minus the second."""
     x, r = (grid.ravel() for grid in np.meshgrid(*2 * [np.sin(np.pi * np.arange(points) / (2 * points - 2)) ** 2]))
-    return _gaps(*(_play(device, x[:, None], r[:, None]) for device in (one, other)))[0]
+    return _gaps(*_differences(*(_play(device, x[:, None], r[:, None]) for device in (one, other))))[0]
 
 
 def _off(ion: IonMemristor, causes, switched: set[str]) -> IonMemristor:
@@ -184,7 +192,12 @@ def _played(device: AbstractMemristor, x_set, r_set) -> _Played:
     return _Played(signal(first.populations), signal(second.populations), second.populations, second.coherence_vs)
 
 
-def _gaps(played: _Played, element: _Played) -> list[Gap]:
-    dx, dy = (np.asarray(one) - np.asarray(other) for one, other in zip(played[:2], element[:2], strict=True))
-    largest = lambda d: np.max(np.abs(d), axis=0).tolist()
-    return [Gap(*row) for row in zip(largest(dx), largest(dy), np.sqrt(np.mean(dy**2, axis=0)).tolist(), strict=True)]
+def _differences(played: _Played, element: _Played) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Of x and of y, shape (commands, variants)."""
+    return np.asarray(played.x) - np.asarray(element.x), np.asarray(played.y) - np.asarray(element.y)
+
+
+def _gaps(x_off: Float[np.ndarray, "..."], y_off: Float[np.ndarray, "..."]) -> list[Gap]:
+    largest = lambda off: np.max(np.abs(off), axis=0).tolist()
+    rms = np.sqrt(np.mean(y_off**2, axis=0)).tolist()
+    return [Gap(*row) for row in zip(largest(x_off), largest(y_off), rms, strict=True)]
