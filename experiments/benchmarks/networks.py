@@ -74,11 +74,12 @@ def _error(network: Network) -> float:
     """Largest error in x and y of every tenth ion over some cycles, against adaptive solves of its own commands."""
     trace = play(network, np.random.default_rng(2).uniform(0.0, 1.0, (6, _NODES)), keep=("x_set", "r", "x", "y"))
     some = slice(None, None, 10)
+    x_set, r, x, y = (jnp.asarray(field)[:, some] for field in (trace.x_set, trace.r, trace.x, trace.y))
     ion = network.devices[0].unwrapped
     few = jax.tree.map(lambda leaf: leaf[some] if np.shape(leaf) == (_NODES,) else leaf, ion)
     reference = dataclasses.replace(few, method=Adaptive(rtol=1e-11, atol=1e-12))
-    loop = run(reference, trace.x_set[:, some], trace.r[:, some])
-    return max(largest_difference(trace.x[:, some], loop.x), largest_difference(trace.y[:, some], loop.y))
+    loop = run(reference, x_set, r)
+    return max(largest_difference(x, loop.x), largest_difference(y, loop.y))
 
 
 def _encoding(gain: float) -> Encoding:

@@ -1,14 +1,15 @@
 """Reservoirs whose devices are trained, beside the same before: a table of docs/reservoirs.md.
 
 Run it with ``python -m experiments.studies.trained [--seeds N]``. A ring starts from the setting that the validation
-part prefers without shot noise (`experiments.studies.reservoirs`). Window, and the phases that both interferometers add
-to what is commanded, are then trained node by node on the validation part; edges and encoding stay. The read-out is
-solved anew for each number of shots. The test part decides nothing.
+part prefers without shot noise (`experiments.studies.reservoirs`), with exponential memories in place of windows, whose
+gradients are cheaper. Time constants, and the phases that both interferometers add to what is commanded, are then
+trained node by node on the validation part; edges and encoding stay. The read-out is solved anew for each number of
+shots. The test part decides nothing.
 """
 
 import argparse
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,23 @@ from calibration.train import Free, Reservoir, train_devices, train_readout
 from experiments import tasks
 from experiments.studies.reservoirs import LONGEST, MODELS, NODES, SEEDS, SHOTS, SPLIT, STEPS, nodes
 from twin.graph import ring
-from twin.memory import MovingAverage
+from twin.memory import Exponential
 from twin.memristor import PhotonicMemristor
 from twin.network import Encoding, Network
 
 _RING = "memristors in a ring"
-_SHORTEST = 1.05  # cycles, of a window: training starts inside its bounds
+_SHORTEST = 1.05  # cycles, of a time constant: training starts inside its bounds
+
+
+def _of_nodes(network: Network) -> Any:
+    """All nodes are one device with an axis."""
+    return network.devices[0]
+
+
 FREE = {
-    "window": Free(lambda n: n.devices[0].memory.window_cycles, 1.0, float(LONGEST)),
-    "phase 1": Free(lambda n: n.devices[0].phase_offset_1_rad, -1.5, 1.5),
-    "phase 2": Free(lambda n: n.devices[0].phase_offset_2_rad, -1.5, 1.5),
+    "time constant": Free(lambda n: _of_nodes(n).memory.tau_cycles, 1.0, float(LONGEST)),
+    "phase 1": Free(lambda n: _of_nodes(n).phase_offset_1_rad, -1.5, 1.5),
+    "phase 2": Free(lambda n: _of_nodes(n).phase_offset_2_rad, -1.5, 1.5),
 }
 """What is trained of every node."""
 
@@ -65,10 +73,8 @@ def rings(seed: int) -> Iterator[Reservoir]:
     """The rings of the study's settings."""
     for setting in MODELS[_RING]:
         windows, weights, bias = (jnp.asarray(part) for part in nodes(setting, seed, 1))
-        windows, none = jnp.maximum(windows, _SHORTEST), jnp.zeros(NODES)
-        element = PhotonicMemristor(
-            memory=MovingAverage(windows, capacity=LONGEST + 2), phase_offset_1_rad=none, phase_offset_2_rad=none
-        )
+        tau, none = jnp.maximum(windows, _SHORTEST), jnp.zeros(NODES)
+        element = PhotonicMemristor(memory=Exponential(tau), phase_offset_1_rad=none, phase_offset_2_rad=none)
         yield Reservoir(Network((element,), ring(NODES, setting.coupling), Encoding(weights, bias)))
 
 
