@@ -148,6 +148,9 @@ def reservoir_nmse(
     return nmse(readout(features[judged]), targets[judged])
 
 
+_judged = eqx.filter_jit(reservoir_nmse)  # one program for all that is trained
+
+
 class Free(NamedTuple):
     """A parameter to be trained.
 
@@ -239,11 +242,10 @@ def train_devices(
             "commands in [0, 1] by smaller encodings or edges, or bound what is free more tightly."
         )
     best = int(np.nanargmin(np.asarray(found.values)))
-    with_point = eqx.filter_jit(_with)
-    trained = with_point(reservoir, args[1], found.points[best])
+    trained = _with(reservoir, args[1], found.points[best])
     errors = [
-        float(eqx.filter_jit(reservoir_nmse)(r, inputs, targets, split, ridge, part=part))
-        for r in (room, with_point(room, args[1], found.points[best]))
+        float(_judged(r, inputs, targets, split, args[4], part=part))
+        for r in (room, _with(room, args[1], found.points[best]))
         for part in ("validation", "test")
     ]
     train = split.parts[0]
@@ -254,6 +256,7 @@ def train_devices(
     )
 
 
+@eqx.filter_jit
 def _with(reservoir: Reservoir, free: tuple[Free, ...], point: Float[Array, " parameters"]) -> Reservoir:
     """The reservoir with free parameters at a point of logits."""
     network, at = reservoir.network, 0
