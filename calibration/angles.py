@@ -4,11 +4,13 @@ Both are angles; at the nominal scale, pi is full transfer. What a controller wa
 (stage) 1, and another after both; from no transfer (zero angle, or beyond it where a negative offset must be undone
 first) up to full transfer both are monotone in the angle that makes them, so that a bisection finds the angle to the
 last digit, or the nearest end where the device cannot give what is wanted. What is not a number has no angle: NaN.
+Its derivatives are those of the equation that it solves, -(df/dp)/(df/dangle), or those of the end that is taken.
 """
 
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -20,6 +22,9 @@ from twin.photonic import PhotonicMemristor
 from twin.transfer import carrier_moments
 
 _HALVINGS = 52
+# An angle this near to an end, rad, is that end: populations, flat there, do not tell the two apart. A slope below the
+# other is that of a device which gives the same at any angle.
+_END_RAD, _FLAT = 1e-7, 1e-9
 # Probabilities of being assigned to s closer than this are told apart by rounding only.
 _SAME = 1e-12
 
@@ -176,8 +181,10 @@ def _area_scales(device: IonMemristor) -> tuple[Float[Array, ""], Float[Array, "
 def _bisected(rising, top, bottom) -> Float[Array, " lanes"]:
     """Where a rising function crosses zero between `bottom` (lanes) and `top`, or the end that comes nearest.
 
-    NaN in the lanes where the function was NaN at an angle that was tried.
+    NaN in the lanes where the function was NaN at an angle that was tried. First derivatives are those of the crossing,
+    or of the end; what is wanted does not move an end, towards which its derivative may diverge.
     """
+    top = jnp.zeros_like(bottom) + top
 
     def halve(_, state):
         low, high, failed = state
@@ -186,6 +193,14 @@ def _bisected(rising, top, bottom) -> Float[Array, " lanes"]:
         above = value > 0
         return jnp.where(above, low, middle), jnp.where(above, middle, high), failed | jnp.isnan(value)
 
-    start = (bottom, jnp.zeros_like(bottom) + top, jnp.zeros(bottom.shape, bool))
-    low, high, failed = lax.fori_loop(0, _HALVINGS, halve, start)
-    return jnp.where(failed, jnp.nan, 0.5 * (low + high))
+    ends = lax.stop_gradient(bottom), lax.stop_gradient(top)
+    low, high, failed = lax.fori_loop(0, _HALVINGS, halve, (*ends, jnp.zeros(bottom.shape, bool)))
+    found = lax.stop_gradient(0.5 * (low + high))
+    # Halvings have no derivative but that of the ends: a step of Newton's has, and leaves the value as it is.
+    value, slope = jax.jvp(rising, (found,), (jnp.ones_like(found),))
+    slope = lax.stop_gradient(slope)
+    steep = slope > _FLAT
+    step = jnp.where(steep, value / jnp.where(steep, slope, 1.0), 0.0)
+    at_bottom, at_top = found - ends[0] < _END_RAD, ends[1] - found < _END_RAD
+    moved = jnp.where(at_bottom, bottom, jnp.where(at_top, top, -step))
+    return jnp.where(failed, jnp.nan, found + (moved - lax.stop_gradient(moved)))

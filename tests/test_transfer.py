@@ -268,6 +268,14 @@ def test_an_ideal_ion_leaves_nothing():
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def test_a_detector_that_always_clicks_is_refused_by_its_own_name():
+    with pytest.raises(ValueError, match=r"`dark_counts` must be below 1 .* is 1\.0; a detector"):
+        to_ion(PhotonicMemristor(memory=MEMORY, dark_counts=1.0))
+    for scheme, name in (("lambda", "readout_error_bright"), ("v", "readout_error_dark")):
+        with pytest.raises(ValueError, match=f"`{name}` must be below 1"):
+            to_photonic(ideal(scheme=scheme, **{name: 1.0}))
+
+
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         remainder(ideal(), points=1)

@@ -132,6 +132,49 @@ def test_a_read_out_is_judged_in_its_box():
     assert side(element(efficiency=0.0), {"efficiency": (0.5, 1.0)}, TABLE).names == ("efficiency",)
 
 
+OF_CHIP = ("phase_scale_1", "visibility_1", "phase_offset_2_rad", "loss")
+SLOPES = {
+    "chip": (lambda p: element(**IMPERFECT | dict(zip(OF_CHIP, p, strict=True))), (0.95, 0.97, -0.1, 0.04)),
+    "ion": (lambda p: ion(rabi_scale_1=p[0], rabi_scale_2=p[1]), (0.93, 1.08)),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_of_angles_are_those_of_finite_differences(name):
+    of_values, at = SLOPES[name]
+    wanted = jnp.array([0.3, 0.6, 0.45, 0.2])
+
+    @jax.jit
+    def angles(p):
+        device, share = of_values(p[:-4]), p[-4:]
+        return jnp.concatenate(angles_for(device, share, share[::-1]))
+
+    at = jnp.concatenate([jnp.array(at), wanted])
+    forward, back = jax.jit(jax.jacfwd(angles))(at), jax.jit(jax.jacrev(angles))(at)
+    h = 1e-5
+    expected = np.stack([(angles(at + e) - angles(at - e)) / (2 * h) for e in h * np.eye(len(at))], axis=1)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(forward, expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(back, forward, rtol=1e-9, atol=1e-12)
+
+
+def test_an_end_moves_with_the_device_and_not_with_what_is_wanted():
+    # Beyond what the stage can give; exactly the ends of an ideal one, where derivatives by what is wanted diverge.
+    for visibility, wanted in ((0.9, [0.01, 0.99]), (1.0, [0.0, 1.0])):
+        angles = lambda p, v=visibility: first_angle(element(phase_scale_1=p[0], visibility_1=v), p[1:])
+        slopes = jax.jacrev(angles)(jnp.array([0.95, *wanted]))
+        np.testing.assert_allclose(slopes, [[0, 0, 0], [-np.pi / 0.95**2, 0, 0]], atol=1e-9)
+
+
+def test_slopes_of_the_loss_of_a_map_by_what_is_believed():
+    real = element(phase_scale_1=0.97, visibility_2=0.9, loss=0.03)
+    loss = jax.jit(lambda p: map_loss(element(phase_scale_1=p[0], visibility_2=p[1], loss=0.01), real, 5))
+    at, h = jnp.array([0.99, 0.95]), 1e-5
+    expected = [(loss(at + e) - loss(at - e)) / (2 * h) for e in h * np.eye(2)]
+    assert np.abs(expected).min() > 0.01
+    np.testing.assert_allclose(jax.grad(loss)(at), expected, rtol=1e-5)
+
+
 def test_an_ion_that_starts_in_s_is_refused():
     with pytest.raises(ValueError, match="scheme is 'v'"):
         side(ion(scheme="v"), SOURCE, TABLE)

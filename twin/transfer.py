@@ -54,6 +54,7 @@ EXACT = {
     "window_cycles": "window_cycles",
 }
 """The block in which both devices give the same populations; of `efficiency` both readout errors are needed."""
+_ALWAYS_CLICKS = "a detector that clicks in every shot tells nothing, and has no efficiency"
 # Gauss-Legendre phases; half-width of the time grid in sigma; its points.
 _POINTS, _REACH, _STEPS = 24, 8.0, 1601
 
@@ -123,7 +124,7 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
         given as 0, as by `flat_root`.
 
     Raises:
-        ValueError: another device than an ion; known readout errors that no detector has, e_0 + e_1 > 1.
+        ValueError: another device than an ion; known readout errors that no detector has, e_0 + e_1 > 1 or e_0 = 1.
 
     Example:
         >>> element = to_photonic(IonMemristor(memory=MovingAverage(10.0), rabi_scale_1=1.03))
@@ -157,6 +158,8 @@ def to_photonic(ion: IonMemristor) -> PhotonicMemristor:
     values["loss_input"] = -jnp.expm1(-ion.tail_s / ion.lifetime_s) if decays else 0.0
     values["loss"] = -jnp.expm1(-ion.separation_s / ion.lifetime_s) if decays else 0.0
     appears, hides = readout_errors(ion)
+    check_values(f"readout_error_{'bright' if s_is_dark(ion) else 'dark'}", appears, lambda v: v < 1,
+                 "below 1 for an element to stand for the ion", _ALWAYS_CLICKS)  # fmt: skip
     values["dark_counts"], values["efficiency"] = appears, 1 - hides / (1 - appears)
     return PhotonicMemristor(memory=ion.memory, source=ion.source, **values)
 
@@ -195,7 +198,7 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
     these bring has no counterpart and is left out; a command map takes it up.
 
     Args:
-        photonic: the element.
+        photonic: the element, whose `dark_counts` must be below 1.
         template: supplies scheme, method, pulse widths and times, and decay branching. It must be at rest, as the
             dictionary cannot tell motion from noise. Default: a Lambda ion in which s decays to v.
 
@@ -236,6 +239,8 @@ def to_ion(photonic: PhotonicMemristor, template: IonMemristor | None = None) ->
     if ion.start == "v":
         lost = kept > 0
         values["lifetime_s"] = jnp.where(lost, (ion.separation_s + ion.tail_s) / jnp.where(lost, kept, 1.0), jnp.inf)
+    check_values("dark_counts", photonic.dark_counts, lambda v: v < 1, "below 1 for an ion to stand for the element",
+                 _ALWAYS_CLICKS)  # fmt: skip
     appears, hides = photonic.dark_counts, (1 - photonic.dark_counts) * (1 - photonic.efficiency)
     bright, dark = (appears, hides) if s_is_dark(ion) else (hides, appears)
     values |= {"readout_error_bright": bright, "readout_error_dark": dark}
