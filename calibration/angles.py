@@ -197,7 +197,8 @@ def _bisected(rising, top, bottom) -> Float[Array, " lanes"]:
     low, high, failed = lax.fori_loop(0, _HALVINGS, halve, (*ends, jnp.zeros(bottom.shape, bool)))
     found = lax.stop_gradient(0.5 * (low + high))
     # Halvings have no derivative but that of the ends: a step of Newton's has, and leaves the value as it is.
-    value, slope = jax.jvp(rising, (found,), (jnp.ones_like(found),))
+    # Traced, as the halvings are, so that an angle that is no number spoils its own lane here too.
+    value, slope = jax.jit(lambda angle: jax.jvp(rising, (angle,), (jnp.ones_like(angle),)))(found)
     slope = lax.stop_gradient(slope)
     steep = slope > _FLAT
     step = jnp.where(steep, value / jnp.where(steep, slope, 1.0), 0.0)
