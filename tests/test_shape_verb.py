@@ -15,10 +15,11 @@ import pytest
 import xarray as xr
 from test_track import call, place  # noqa: F401 - a fixture
 
-from experiments import command_map_files, optimize, shape, waveform_files
+from experiments import command_map_files, shape, waveform_files
 from experiments.build import hardware_from
 from experiments.checkpoint import Checkpoint, same_but_iterations
 from experiments.config import ConfigError, load_config, parse_config
+from experiments.fitted import with_fit
 from experiments.records import Run
 from experiments.targets import posterior_of, read_curve
 
@@ -251,7 +252,7 @@ def test_a_fit_of_the_motion_brings_its_nodes():
 
     rows = {"n_bar": {"value": 3.0, "verdict": "identified"}}
     fit = SimpleNamespace(path=Path("fit"), result={"status": "converged", "parameters": rows})
-    device, _ = optimize._calibrated(parse_config({}), tables.ion(eta_1=0.05), fit)
+    device, _ = with_fit(parse_config({}), tables.ion(eta_1=0.05), fit)
     assert device.phonon_nodes == 8 and float(device.n_bar) == 3.0
 
 
