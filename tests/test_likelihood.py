@@ -215,7 +215,7 @@ class Recorder(AbstractMemristor):
     memory: AbstractMemory
     source: str
     inner: AbstractMemristor
-    lanes: list
+    solved: list
 
     def prepared(self, x_set, settings):
         return self
@@ -224,7 +224,7 @@ class Recorder(AbstractMemristor):
         respond = self.inner.under(settings)
 
         def noted(x_set, r_set, **how):
-            self.lanes.append(x_set.size)
+            self.solved.append(x_set.size)
             return respond(x_set, r_set, **how)
 
         return noted
@@ -263,7 +263,7 @@ def test_they_are_solved_once_in_one_batch_where_the_transfers_allow(source, rec
     device = realistic(source=source)
     recorder = Recorder(device.memory, source, device, [])
     prediction = predict(recorder, Experiment.from_table(table))
-    assert recorder.lanes == lanes
+    assert recorder.solved == lanes
     # every row got its own run
     alone = device.respond(
         jnp.asarray(table.x_set), jnp.zeros(363), jnp.asarray(table.detuning_1_set_hz), jnp.zeros(363), alone=True

@@ -158,6 +158,15 @@ def test_a_watched_folder_is_tracked_until_interrupted(place, tmp_path, stopped_
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.fixture
+def interruptible():
+    """A process started in the background ignores interrupts."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_tables_at_hand():
     earlier, done = signal.getsignal(signal.SIGINT), []
 
