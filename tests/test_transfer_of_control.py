@@ -96,7 +96,9 @@ def test_angles_reach_the_ends_of_a_stage_with_an_offset(offset):
 
 
 @pytest.mark.parametrize(
-    "device", [ion(method=AreaSeries(StaticGrid(1e-6))), element(**IMPERFECT)], ids=["ion", "chip"]
+    "device",
+    [pytest.param(ion(method=AreaSeries(StaticGrid(1e-6))), marks=pytest.mark.slow), element(**IMPERFECT)],
+    ids=["ion", "chip"],
 )
 def test_what_is_not_a_number_has_no_angle_and_leaves_the_other_lanes(device):
     if isinstance(device, IonMemristor):
